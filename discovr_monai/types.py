@@ -1,0 +1,104 @@
+"""The few records that cross package borders, with their shapes and units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+class CineError(ValueError):
+    """A cine that cannot be used: which file, what is wrong, what to do.
+
+    Args:
+        name: file name relative to the data root (never an absolute path).
+        problem: what is wrong, with the bad value.
+        remedy: what the user can do about it.
+        kind: "unreadable" (broken or unsupported) or "not a cine" (a still, text, ...).
+    """
+
+    def __init__(self, name: str, problem: str, remedy: str, kind: str = "unreadable") -> None:
+        super().__init__(f"{name}: {problem}. {remedy}")
+        self.name, self.problem, self.remedy, self.kind = name, problem, remedy, kind
+
+    def __reduce__(self) -> tuple[Any, ...]:  # crosses process borders in workers
+        return type(self), (self.name, self.problem, self.remedy, self.kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Cine:
+    """A decoded cine.
+
+    Attributes:
+        frames: (T, H, W) grey or (T, H, W, 3) RGB, uint8, 0..255.
+        fps: frames per second, or None where the file does not tell.
+        fps_source: where fps came from: "FrameTime", "FrameTimeVector", "CineRate",
+            "RecommendedDisplayFrameRate", "container", "header" or "unknown".
+        spacing: (row, column) pixel spacing in mm, or None where the file does not tell.
+    """
+
+    frames: np.ndarray
+    fps: float | None
+    fps_source: str
+    spacing: tuple[float, float] | None = None
+
+
+class DatalistRow(TypedDict, total=False):
+    """One cine of a datalist; only ``image`` is required.
+
+    ``image`` is a path relative to the data root, ``patient`` any string that is equal for
+    cines of one patient, ``fps`` overrides the file's own, ``label`` is 0 normal or
+    1 abnormal, ``ef`` percent, ``edv`` and ``esv`` mL, ``mask`` a relative path to a
+    (T, H, W) label map.
+    """
+
+    image: str
+    patient: str
+    fps: float
+    num_frames: int
+    label: int
+    ef: float
+    edv: float
+    esv: float
+    ed_frame: int
+    es_frame: int
+    population: str
+    kind: str
+    mask: str
+
+
+@dataclass(slots=True)
+class DiscovrOutput:
+    """Everything that the loss terms read; a field is None where its branch is off.
+
+    Shapes: V views, B clips, F frames per clip seen by the image branch, N video tokens,
+    K_h head outputs, K prototypes, d image width.
+
+    Attributes:
+        video_logits: (V, B, K_h) student logits of the masked views' CLS tokens.
+        video_teacher_logits: (B, K_h).
+        image_logits: (V, B * F, K_h).
+        image_teacher_logits: (B * F, K_h).
+        video_scores: (B, N, K) cosine of z_v with the prototypes, raster (t, h, w) order.
+        target_scores: (B, N, K) cosine of z_i with the prototypes, same places and times.
+        pixels: (B, N, P) decoder output in pixel space, P = 3 * tubelet * p * p.
+        pixel_targets: (B, N, P) the clip's own tubelets.
+        global_mask: (B, N) bool, True where the decoder's view was masked.
+        video_cls: (V + 1, B, d_v) CLS tokens: V student views, then the teacher's.
+        image_cls: (V + 1, B * F, d) likewise.
+    """
+
+    video_logits: torch.Tensor | None = None
+    video_teacher_logits: torch.Tensor | None = None
+    image_logits: torch.Tensor | None = None
+    image_teacher_logits: torch.Tensor | None = None
+    video_scores: torch.Tensor | None = None
+    target_scores: torch.Tensor | None = None
+    pixels: torch.Tensor | None = None
+    pixel_targets: torch.Tensor | None = None
+    global_mask: torch.Tensor | None = None
+    video_cls: torch.Tensor | None = None
+    image_cls: torch.Tensor | None = None
