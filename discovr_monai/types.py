@@ -82,6 +82,7 @@ class DiscovrOutput:
         video_teacher_logits: (B, K_h).
         image_logits: (V, B * F, K_h).
         image_teacher_logits: (B * F, K_h).
+        video_centre, image_centre: (1, K_h) running means of the teachers' logits.
         video_scores: (B, N, K) cosine of z_v with the prototypes, raster (t, h, w) order.
         target_scores: (B, N, K) cosine of z_i with the prototypes, same places and times.
         pixels: (B, N, P) decoder output in pixel space, P = 3 * tubelet * p * p.
@@ -95,6 +96,8 @@ class DiscovrOutput:
     video_teacher_logits: torch.Tensor | None = None
     image_logits: torch.Tensor | None = None
     image_teacher_logits: torch.Tensor | None = None
+    video_centre: torch.Tensor | None = None
+    image_centre: torch.Tensor | None = None
     video_scores: torch.Tensor | None = None
     target_scores: torch.Tensor | None = None
     pixels: torch.Tensor | None = None

@@ -1,0 +1,53 @@
+"""The objective: weighted terms, each from :class:`DiscovrOutput` to a scalar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from discovr_monai.types import DiscovrOutput
+
+
+class Objective(nn.Module):
+    """Weighted sum of named terms.
+
+    Args:
+        terms: name -> a module with ``needs`` (fields of :class:`DiscovrOutput`) and
+            ``forward(output, step)``.
+        weights: name -> weight, 1 where missing; a term of weight 0 is skipped.
+
+    Raises:
+        ValueError: for a weight without a term, or when no term is left.
+    """
+
+    def __init__(
+        self, terms: Mapping[str, nn.Module], weights: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__()
+        weights = dict(weights or {})
+        unknown = set(weights) - set(terms)
+        if unknown:
+            raise ValueError(f"weights for unknown terms {sorted(unknown)}; have {sorted(terms)}")
+        self.weights = {name: float(weights.get(name, 1.0)) for name in terms}
+        self.terms = nn.ModuleDict({n: t for n, t in terms.items() if self.weights[n]})
+        if not self.terms:
+            raise ValueError("the objective has no term of non-zero weight")
+
+    @property
+    def needs(self) -> set[str]:
+        """Fields of :class:`DiscovrOutput` that the terms read."""
+        return {field for term in self.terms.values() for field in term.needs}
+
+    def forward(self, output: DiscovrOutput, step: int = 0) -> dict[str, Tensor]:
+        """{"loss": weighted sum, name: unweighted scalar, ...}."""
+        missing = sorted(f for f in self.needs if getattr(output, f) is None)
+        if missing:
+            raise ValueError(
+                f"the network gives no {', '.join(missing)}, which the objective's terms "
+                f"{sorted(self.terms)} need: configure the branch, or set the term's weight to 0"
+            )
+        losses = {name: term(output, step) for name, term in self.terms.items()}
+        total = sum(self.weights[name] * loss for name, loss in losses.items())
+        assert isinstance(total, Tensor)
+        return {"loss": total, **losses}

@@ -1,0 +1,240 @@
+"""The whole method in one network: two students, two teachers, decoder and prototypes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from discovr_monai.distributed import all_reduce_mean
+from discovr_monai.networks.ema import ema_update, make_teacher
+from discovr_monai.networks.heads import Decoder, ProjectionHead
+from discovr_monai.networks.vit import VisionTransformer
+from discovr_monai.types import DiscovrOutput
+
+
+class Discovr(nn.Module):
+    """DISCOVR (arXiv 2506.11777, section 3). A branch that is None is not built.
+
+    Args:
+        video: the video student; its EMA teacher is what evaluation uses.
+        video_head: projection head of the video branch, None without video distillation.
+        image: the image student (tubelet 1), None without an image branch.
+        image_head: likewise; None leaves the image branch as it is (a frozen target).
+        decoder: completes the global view, None without clustering or reconstruction.
+        num_prototypes: K; 0 without clustering.
+        target: what the decoder's output is clustered with: "image" (the image teacher's
+            patch tokens: DISCOVR's SCD) or "pixels" (a learned projection of each tubelet's
+            pixels: SIGMA).
+        reconstruct: adds a linear layer from the decoder's output to a tubelet's pixels.
+        image_frame_step: the image students see every n-th frame (1 in the paper).
+        centre_momentum: EMA momentum of the centres of the teachers' logits.
+    """
+
+    def __init__(
+        self,
+        *,
+        video: VisionTransformer,
+        video_head: ProjectionHead | None = None,
+        image: VisionTransformer | None = None,
+        image_head: ProjectionHead | None = None,
+        decoder: Decoder | None = None,
+        num_prototypes: int = 0,
+        target: str = "image",
+        reconstruct: bool = False,
+        image_frame_step: int = 1,
+        centre_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        _check_parts(video, image, decoder, num_prototypes, target, reconstruct, image_frame_step)
+        self.target, self.image_frame_step = target, image_frame_step
+        self.centre_momentum = centre_momentum
+        self.video_student, self.video_head = video, video_head
+        self.video_teacher = make_teacher(video)
+        self.image_student, self.image_head = image, image_head
+        self.image_teacher = None if image is None else make_teacher(image)
+        self.video_teacher_head = None if video_head is None else make_teacher(video_head)
+        self.image_teacher_head = None if image_head is None else make_teacher(image_head)
+        for name, head in (("video_centre", video_head), ("image_centre", image_head)):
+            outputs = 0 if head is None else head.last_layer.weight_v.shape[0]
+            self.register_buffer(name, torch.zeros(1, outputs) if outputs else None)
+        if image is not None and image_head is None:
+            image.requires_grad_(False)
+        self.decoder = decoder
+        self.prototypes: nn.Parameter | None = None
+        self.pixel_projection: nn.Module | None = None
+        self.pixel_head: nn.Module | None = None
+        tubelet_pixels = video.patch_embed.in_features
+        if decoder is not None and num_prototypes:
+            width = decoder.head.out_features
+            self.prototypes = nn.Parameter(
+                F.normalize(torch.randn(num_prototypes, width), dim=-1)
+            )
+            if target == "pixels":
+                self.pixel_projection = nn.Sequential(
+                    nn.Linear(tubelet_pixels, width), nn.GELU(), nn.Linear(width, width)
+                )
+        if decoder is not None and reconstruct:
+            self.pixel_head = nn.Linear(decoder.head.out_features, tubelet_pixels)
+
+    def train(self, mode: bool = True) -> Discovr:
+        """Students follow ``mode``; teachers stay in evaluation."""
+        super().train(mode)
+        for teacher in (self.video_teacher, self.image_teacher):
+            if teacher is not None:
+                teacher.eval()
+        return self
+
+    @property
+    def student_frames(self) -> list[int]:
+        """Frames of a clip that the image students see."""
+        frames = self.video_student.clip_shape[1]
+        return list(range(0, frames, self.image_frame_step)) if self.image_head else []
+
+    @property
+    def teacher_frames(self) -> list[int]:
+        """Frames that the image teacher sees: the students', and one per tubelet for SCD."""
+        video = self.video_student
+        tubelets = range(0, video.clip_shape[1], video.tubelet_size)
+        scd = list(tubelets) if self.prototypes is not None and self.target == "image" else []
+        return sorted({*self.student_frames, *scd})
+
+    def forward(
+        self, clip: Tensor, video_masks: Tensor, image_masks: Tensor | None = None
+    ) -> DiscovrOutput:
+        """One training pass: every term's inputs, nothing updated.
+
+        Args:
+            clip: (B, 3, T, H, W), normalised.
+            video_masks: (V + 1, B, N) bool, True = masked; the last is the global view.
+            image_masks: (V, B * F, n) bool for the F frames of ``student_frames``.
+
+        Returns:
+            See :class:`DiscovrOutput`.
+        """
+        out = DiscovrOutput(global_mask=video_masks[-1])
+        views = self._video(clip, video_masks, out)  # (views, B, 1 + n, d)
+        teacher_tokens = self._image(clip, image_masks, out)
+        if self.decoder is not None:
+            z_v = self.decoder(views[-1], video_masks[-1])  # (B, N, d)
+            if self.prototypes is not None:
+                z_i = self._cluster_target(clip, teacher_tokens)  # (B, N, d)
+                prototypes = F.normalize(self.prototypes, dim=-1)  # (K, d)
+                out.video_scores = F.normalize(z_v, dim=-1) @ prototypes.T  # (B, N, K)
+                out.target_scores = F.normalize(z_i, dim=-1) @ prototypes.T
+            if self.pixel_head is not None:
+                out.pixels = self.pixel_head(z_v)  # (B, N, P)
+                out.pixel_targets = self.video_student.patchify(clip)
+        return out
+
+    def _video(self, clip: Tensor, masks: Tensor, out: DiscovrOutput) -> Tensor:
+        first = 0 if self.video_head is not None else len(masks) - 1
+        last = len(masks) if self.decoder is not None else len(masks) - 1
+        views = self.video_student(clip, masks[first:last])  # (views, B, 1 + n, d)
+        if self.video_head is not None and self.video_teacher_head is not None:
+            with torch.no_grad():
+                teacher_cls = self.video_teacher(clip)[:, 0]  # (B, d)
+                out.video_teacher_logits = self.video_teacher_head(teacher_cls)
+            student_cls = views[: len(masks) - 1, :, 0]  # (V, B, d)
+            out.video_logits = self.video_head(student_cls)
+            out.video_cls = torch.cat((student_cls, teacher_cls[None]))
+            out.video_centre = self.video_centre
+        return views
+
+    def _image(self, clip: Tensor, masks: Tensor | None, out: DiscovrOutput) -> Tensor | None:
+        """Image branch; returns the teacher's tokens (B, teacher frames, 1 + n, d)."""
+        frames = self.teacher_frames
+        if self.image_student is None or self.image_teacher is None or not frames:
+            return None
+        with torch.no_grad():
+            tokens = self.image_teacher(_frames(clip, frames))  # (B * F_t, 1 + n, d)
+            tokens = tokens.unflatten(0, (len(clip), len(frames)))
+        if self.image_head is not None and self.image_teacher_head is not None:
+            if masks is None:
+                raise ValueError("the image branch is on, but no image_masks were given")
+            rows = [frames.index(f) for f in self.student_frames]
+            with torch.no_grad():
+                teacher_cls = tokens[:, rows, 0].flatten(0, 1)  # (B * F, d)
+                out.image_teacher_logits = self.image_teacher_head(teacher_cls)
+            student = self.image_student(_frames(clip, self.student_frames), masks)
+            student_cls = student[:, :, 0]  # (V, B * F, d)
+            out.image_logits = self.image_head(student_cls)
+            out.image_cls = torch.cat((student_cls, teacher_cls[None]))
+            out.image_centre = self.image_centre
+        return tokens
+
+    def _cluster_target(self, clip: Tensor, teacher_tokens: Tensor | None) -> Tensor:
+        if self.pixel_projection is not None:
+            return self.pixel_projection(_standardise(self.video_student.patchify(clip), -1))
+        assert teacher_tokens is not None
+        frames = self.teacher_frames
+        tubelets = range(0, clip.shape[2], self.video_student.tubelet_size)
+        z_i = teacher_tokens[:, [frames.index(f) for f in tubelets], 1:]  # (B, t, n, d)
+        return _standardise(z_i, -2).flatten(1, 2)  # (B, N, d), raster (t, h, w)
+
+    @torch.no_grad()
+    def update_teachers(
+        self,
+        momentum: float,
+        video_logits: Tensor | None = None,
+        image_logits: Tensor | None = None,
+    ) -> None:
+        """EMA of the teachers and of the centres; call it after the optimiser's step.
+
+        Args:
+            momentum: teacher <- momentum * teacher + (1 - momentum) * student.
+            video_logits, image_logits: (rows, K_h) teacher logits of this rank's batch; the
+                centres take their mean over all ranks (logits, not probabilities: eq. 2).
+        """
+        ema_update(self.video_teacher, self.video_student, momentum)
+        if self.video_head is not None and self.video_teacher_head is not None:
+            ema_update(self.video_teacher_head, self.video_head, momentum)
+        if self.image_student is not None and self.image_teacher is not None:
+            ema_update(self.image_teacher, self.image_student, momentum)
+        if self.image_head is not None and self.image_teacher_head is not None:
+            ema_update(self.image_teacher_head, self.image_head, momentum)
+        for centre, logits in ((self.video_centre, video_logits), (self.image_centre, image_logits)):
+            if centre is not None and logits is not None:
+                mean = all_reduce_mean(logits.to(centre.dtype).mean(0, keepdim=True))  # (1, K)
+                centre.lerp_(mean, 1 - self.centre_momentum)
+
+
+def _frames(clip: Tensor, frames: list[int]) -> Tensor:
+    """(B, 3, T, H, W) -> (B * F, 3, 1, H, W), frames flattened (b, t)."""
+    return clip[:, :, frames].transpose(1, 2).flatten(0, 1).unsqueeze(2)
+
+
+def _standardise(x: Tensor, dim: int) -> Tensor:
+    x = x.float()
+    return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
+
+
+def _check_parts(
+    video: VisionTransformer,
+    image: VisionTransformer | None,
+    decoder: Decoder | None,
+    num_prototypes: int,
+    target: str,
+    reconstruct: bool,
+    step: int,
+) -> None:
+    if target not in ("image", "pixels"):
+        raise ValueError(f"target {target!r} must be 'image' or 'pixels'")
+    if (num_prototypes or reconstruct) and decoder is None:
+        raise ValueError("prototypes and reconstruction need a decoder: configure one")
+    if num_prototypes and decoder is not None and target == "image":
+        if image is None:
+            raise ValueError("semantic cluster distillation needs an image branch, or target: pixels")
+        if decoder.head.out_features != image.embed_dim:
+            raise ValueError(
+                f"the decoder's out_dim {decoder.head.out_features} must be the image branch's "
+                f"width {image.embed_dim}"
+            )
+    if image is None:
+        return
+    if image.tubelet_size != 1 or image.clip_shape[1] != 1:
+        raise ValueError("the image branch needs tubelet_size 1 and num_frames 1")
+    if image.grid[1:] != video.grid[1:]:
+        raise ValueError(f"token grids differ: video {video.grid[1:]}, image {image.grid[1:]}")
+    if not 1 <= step <= video.clip_shape[1]:
+        raise ValueError(f"image_frame_step {step} must lie in [1, {video.clip_shape[1]}]")

@@ -1,0 +1,207 @@
+"""One vision transformer for both branches: the image branch is a tubelet of one frame."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from discovr_monai.masking import visible_indices
+
+
+def sincos_positions(length: int, dim: int) -> Tensor:
+    """The 1-D sin-cos table: sin on even columns, cos on odd ones.
+
+    The angle of column j at position n is n / 10000^(2 floor(j / 2) / dim).
+
+    Returns:
+        (length, dim) float32, computed in float64.
+    """
+    column = torch.arange(dim, dtype=torch.float64)
+    position = torch.arange(length, dtype=torch.float64)[:, None]
+    angle = position / 10000 ** (2 * (column // 2) / dim)  # (length, dim)
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on torch's fused kernel; the key has no bias.
+
+    Args:
+        dim: width.
+        num_heads: heads; must divide ``dim``.
+        qv_bias: whether queries and values have one (the released video encoders do).
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qv_bias: bool) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible by the number of heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qv_bias else None
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, d) -> (B, n, d)."""
+        batch, n, dim = x.shape
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)  # (B, n, 3 d)
+        qkv = qkv.view(batch, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # each (B, heads, n, d / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, n, dim))
+
+
+class Mlp(nn.Module):
+    """Two layers with a GELU between."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, *, qv_bias: bool, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, qv_bias=qv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, d) -> (B, n, d)."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal (0.02) linear weights, zero biases; apply with ``Module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class VisionTransformer(nn.Module):
+    """ViT over tubelets of a clip, with a CLS token and fixed sin-cos positions.
+
+    Masked mode embeds and processes the visible tokens only (paper section 3.1).
+
+    Args:
+        image_size: frame height and width in pixels, divisible by ``patch_size``.
+        num_frames: frames of a clip, divisible by ``tubelet_size``; 1 for the image branch.
+        patch_size: p, pixels.
+        tubelet_size: frames per token; 1 for the image branch.
+        embed_dim, depth, num_heads, mlp_ratio: the transformer's shape.
+        qv_bias: bias on queries and values.
+        norm_eps: LayerNorm's epsilon (released models: video 1e-6, image 1e-5).
+
+    Raises:
+        ValueError: if a size does not divide, with the value and the nearest that does.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 112,
+        num_frames: int = 64,
+        patch_size: int = 16,
+        tubelet_size: int = 2,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qv_bias: bool = True,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        _check_divides("image_size", image_size, "patch_size", patch_size)
+        _check_divides("num_frames", num_frames, "tubelet_size", tubelet_size)
+        side = image_size // patch_size
+        self.grid = (num_frames // tubelet_size, side, side)
+        self.clip_shape = (3, num_frames, image_size, image_size)
+        self.patch_size, self.tubelet_size, self.embed_dim = patch_size, tubelet_size, embed_dim
+        tokens = self.grid[0] * side * side
+        self.patch_embed = nn.Linear(3 * tubelet_size * patch_size**2, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        positions = torch.cat((torch.zeros(1, embed_dim), sincos_positions(tokens, embed_dim)))
+        self.register_buffer("pos_embed", positions[None])  # (1, 1 + N, d), CLS slot zero
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qv_bias=qv_bias, norm_eps=norm_eps)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, without CLS."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def patchify(self, clip: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> (B, N, 3 * tubelet * p * p), tokens raster (t, h, w)."""
+        if tuple(clip.shape[1:]) != self.clip_shape:
+            raise ValueError(
+                f"the encoder was built for clips (B, {', '.join(map(str, self.clip_shape))}) but "
+                f"got {tuple(clip.shape)}: set image_size and num_frames to the data's, or resize"
+            )
+        (t, h, w), u, p = self.grid, self.tubelet_size, self.patch_size
+        x = clip.reshape(-1, 3, t, u, h, p, w, p)
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(len(clip), t * h * w, -1)
+
+    def forward(self, clip: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encodes a clip, or masked views of it.
+
+        Args:
+            clip: (B, 3, T, H, W), normalised.
+            mask: (..., B, N) bool, True = masked; leading dimensions are views, which all go
+                through in one batch. Every row must hide equally many tokens.
+
+        Returns:
+            (B, 1 + N, d) without a mask, else (..., B, 1 + n_visible, d): CLS first, then the
+            visible tokens in raster order, after the final norm.
+        """
+        patches = self.patchify(clip)  # (B, N, P)
+        positions = self.pos_embed[:, 1:]  # (1, N, d)
+        views: tuple[int, ...] = patches.shape[:1]
+        if mask is not None:
+            if mask.shape[-2:] != patches.shape[:2]:
+                raise ValueError(
+                    f"mask {tuple(mask.shape)} does not fit {tuple(patches.shape[:2])} "
+                    "(clips, tokens)"
+                )
+            keep = visible_indices(mask)  # (..., B, n)
+            views = tuple(keep.shape[:-1])
+            row = torch.arange(len(patches), device=clip.device)[:, None]
+            patches = patches[row, keep].flatten(0, -3)  # (views * B, n, P)
+            positions = positions[0, keep].flatten(0, -3)  # (views * B, n, d)
+        x = self.patch_embed(patches) + positions
+        cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1)
+        x = torch.cat((cls, x), dim=1)  # (views * B, 1 + n, d)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).unflatten(0, views)
+
+
+def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value < 1 or divisor < 1:
+        raise ValueError(f"{name} {value} and {divisor_name} {divisor} must be at least 1")
+    if value % divisor:
+        nearest = max(divisor, round(value / divisor) * divisor)
+        raise ValueError(
+            f"{name} {value} is not divisible by {divisor_name} {divisor}: "
+            f"use {name} {nearest} or another {divisor_name}"
+        )
