@@ -1,0 +1,276 @@
+"""What a person sees of a training: banner, progress, warnings, MLflow, pictures."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+from monai.handlers import MLFlowHandler
+from tqdm import tqdm
+
+from discovr_monai.distributed import rank
+from discovr_monai.training.diagnostics import collapse_report
+from discovr_monai.training.trainer import DiscovrTrainer
+
+
+def unique_run_name(prefix: str = "discovr") -> str:
+    """A run name that no other run has: MLflow would otherwise join unfinished runs."""
+    return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+
+
+class EpochMeans:
+    """Means of the losses over an epoch, into ``state.metrics`` at its end."""
+
+    def attach(self, engine: Engine) -> None:
+        """Hooks onto the engine's events."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
+
+    def _reset(self, engine: Engine) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def _add(self, engine: Engine) -> None:
+        output = engine.state.output
+        assert isinstance(output, Mapping)
+        for name, value in output.items():
+            if math.isfinite(value):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def _finish(self, engine: Engine) -> None:
+        means = {f"epoch_{n}": self.sums[n] / self.counts[n] for n in self.sums}
+        engine.state.metrics.update(means)
+
+
+class Progress:
+    """Banner at the start, a bar with losses and time left, and what to do next at the end.
+
+    On a terminal the bar is redrawn; elsewhere a line is written now and then.
+
+    Args:
+        summary: what is trained on ("225 clips, 0.1 h, 110 patients").
+        model: what is trained, in a few words.
+        next_steps: lines printed at the end: where things are, what to type next.
+        every: seconds between lines where the output is no terminal.
+    """
+
+    def __init__(
+        self, summary: str, model: str = "", next_steps: str = "", every: float = 20.0
+    ) -> None:
+        self.summary, self.model, self.next_steps, self.every = summary, model, next_steps, every
+        self.bar: tqdm | None = None
+
+    def attach(self, engine: DiscovrTrainer) -> None:
+        """Hooks onto the engine's events."""
+        if rank():
+            return
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._exception)
+
+    def _started(self, engine: DiscovrTrainer) -> None:
+        print(f"Training on {self.summary}", flush=True)
+        total = engine.state.max_epochs * engine.state.epoch_length
+        steps = f"{engine.state.max_epochs} epochs of {engine.state.epoch_length} batches"
+        print(f"{self.model}; {steps} on {engine.state.device}", flush=True)
+        self.bar = tqdm(
+            total=total,
+            initial=engine.state.iteration,
+            desc="training",
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else self.every,
+            maxinterval=max(10.0, self.every),
+            dynamic_ncols=True,
+        )
+
+    def _advance(self, engine: DiscovrTrainer) -> None:
+        if self.bar is None:
+            return
+        output = engine.state.output
+        shown = {"epoch": f"{engine.state.epoch}/{engine.state.max_epochs}"}
+        for name in ("loss", *engine.loss_function.terms):
+            shown[name] = f"{output[name]:.3f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _completed(self, engine: DiscovrTrainer) -> None:
+        self._close()
+        skipped = f" ({engine.skipped} non-finite steps skipped)" if engine.skipped else ""
+        print(f"\nDone: {engine.state.iteration} steps{skipped}.\n{self.next_steps}", flush=True)
+
+    def _exception(self, engine: Engine, error: BaseException) -> None:
+        self._close()
+        raise error
+
+
+class CollapseWatch:
+    """Reports in words when a teacher stops telling samples apart.
+
+    Args:
+        min_information: nats below which a teacher counts as collapsed (see ``diagnose``).
+        patience: diagnoses in a row before it is said.
+        warm_up: optimiser steps before looking.
+    """
+
+    def __init__(
+        self, min_information: float = 0.05, patience: int = 3, warm_up: int = 100
+    ) -> None:
+        self.min_information, self.patience, self.warm_up = min_information, patience, warm_up
+        self._in_a_row = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Hooks onto the engine's events."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
+
+    def _look(self, engine: Engine) -> None:
+        figures, step = engine.state.output, engine.state.iteration
+        assert isinstance(figures, Mapping)
+        if step < self.warm_up or not any(k.endswith("_information") for k in figures):
+            return
+        words = collapse_report(figures, step, self.min_information)
+        self._in_a_row = self._in_a_row + 1 if words else 0
+        if self._in_a_row == self.patience:
+            for line in words:
+                engine.logger.warning(f"collapse: {line}")
+
+
+class Tracking(MLFlowHandler):
+    """MLflow in a SQLite store: every figure of every iteration, parameters, tags, pictures.
+
+    Args:
+        tracking_uri: "sqlite:////.../mlruns.db" or a server's address.
+        run_name: unique (see :func:`unique_run_name`).
+        parameters: what to record; paths are refused by the caller, none is added here.
+        experiment_name: the experiment.
+        every: iterations between records.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        run_name: str,
+        parameters: Mapping[str, Any] | None = None,
+        experiment_name: str = "discovr",
+        every: int = 1,
+    ) -> None:
+        super().__init__(
+            tracking_uri=tracking_uri,
+            experiment_name=experiment_name,
+            run_name=run_name,
+            experiment_param=dict(parameters or {}),
+            iteration_log=lambda engine, event: event % every == 0,
+            epoch_log=True,
+            iteration_logger=self._log_iteration,
+            close_on_complete=True,
+        )
+        self._clock = time.perf_counter()
+        self._clips = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Hooks onto the engine's events, on rank 0 only."""
+        if rank():
+            return
+        super().attach(engine)
+        engine.add_event_handler(Events.STARTED, self._tag)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._failed)
+
+    def log_picture(self, path: Path, folder: str = "pictures") -> None:
+        """Adds a file to the run's artifacts."""
+        if self.cur_run is not None:
+            self.client.log_artifact(self.cur_run.info.run_id, str(path), folder)
+
+    def _tag(self, engine: Engine) -> None:
+        assert self.cur_run is not None
+        for name, value in versions().items():
+            self.client.set_tag(self.cur_run.info.run_id, name, value)
+
+    def _count(self, engine: Engine) -> None:
+        assert isinstance(engine.state.output, Mapping)
+        self._clips += engine.state.output["clips"]
+
+    def _log_iteration(self, engine: Engine) -> None:
+        assert isinstance(engine.state.output, Mapping)
+        now = time.perf_counter()
+        rate = self._clips / max(now - self._clock, 1e-9)
+        self._clock, self._clips = now, 0.0
+        metrics = {k: v for k, v in engine.state.output.items() if math.isfinite(v)}
+        self._log_metrics({**metrics, "clips_per_second": rate}, step=engine.state.iteration)
+
+    def _default_epoch_log(self, engine: Engine) -> None:
+        if engine.state.metrics:
+            self._log_metrics(dict(engine.state.metrics), step=engine.state.epoch)
+
+    def _failed(self, engine: Engine, error: BaseException) -> None:
+        if self.cur_run is not None:
+            stopped = isinstance(error, (SystemExit, KeyboardInterrupt))
+            self.run_finish_status = "KILLED" if stopped else "FAILED"
+            self.close()
+        raise error
+
+
+class Pictures:
+    """Draws every few epochs what the network sees, and hands the files to MLflow.
+
+    Args:
+        draw: (trainer, epoch) -> files.
+        every: epochs between pictures; the last epoch always draws. 0 for never.
+        tracking: takes the files too.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[DiscovrTrainer, int], list[Path]],
+        every: int = 5,
+        tracking: Tracking | None = None,
+    ) -> None:
+        self.draw, self.every, self.tracking = draw, every, tracking
+
+    def attach(self, engine: DiscovrTrainer) -> None:
+        """Hooks onto the engine's events, on rank 0 only."""
+        if self.every and not rank():
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+
+    def _epoch_completed(self, engine: DiscovrTrainer) -> None:
+        epoch = engine.state.epoch
+        if epoch % self.every and epoch != engine.state.max_epochs:
+            return
+        try:
+            files = self.draw(engine, epoch)
+        except OSError as error:  # a full disk must not end a training
+            engine.logger.warning(f"could not draw pictures: {error.strerror}")
+            return
+        for file in files:
+            if self.tracking is not None:
+                self.tracking.log_picture(file)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what matters, and the git commit where there is one."""
+    import subprocess
+    from importlib.metadata import version
+
+    found = {p: version(p) for p in ("discovr-monai", "torch", "monai", "pytorch-ignite", "numpy")}
+    try:
+        here = Path(__file__).parent
+        run = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        found["git_commit"] = run.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["git_commit"] = "unknown"
+    return found

@@ -1,0 +1,218 @@
+"""The training loop: MONAI's SupervisedTrainer with DISCOVR's iteration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
+from torch import Tensor, nn
+
+from discovr_monai.distributed import all_reduce_max, rank, world_size
+from discovr_monai.losses.objective import Objective
+from discovr_monai.masking import TubeMasking
+from discovr_monai.networks.discovr import Discovr
+from discovr_monai.schedules import Schedule
+from discovr_monai.training.diagnostics import diagnose
+from discovr_monai.types import DiscovrOutput
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+def unwrap(network: nn.Module) -> Discovr:
+    """The network inside DistributedDataParallel, or itself."""
+    inner = network.module if hasattr(network, "module") else network
+    assert isinstance(inner, Discovr)
+    return inner
+
+
+class DiscovrTrainer(SupervisedTrainer):
+    """Trains :class:`Discovr` on an :class:`Objective`.
+
+    Masks, augmentation and schedules depend on (seed, step) only, so a training resumes bit
+    for bit from the position alone. After each iteration ``state.output`` is a dict of floats:
+    "loss", each term, "lr", "momentum", "grad_norm", "clips", and every ``diagnose_every``
+    steps the figures of :func:`diagnose`.
+
+    Args:
+        device, max_epochs, train_data_loader, network, optimizer, train_handlers: as in MONAI.
+        objective: the weighted terms.
+        masking: draws the masks of a step.
+        prepare_batch: (batch, device, non_blocking) -> (B, 3, T, H, W) normalised.
+        lr: learning rate by optimiser step; a parameter group's "lr_scale" multiplies it.
+        teacher_momentum: EMA momentum by optimiser step.
+        precision: "fp32", or "bf16" for autocast on any device.
+        gradient_clip: largest norm of all gradients; None leaves them.
+        accumulation_steps: batches per optimiser step. Sinkhorn balances each batch by
+            itself; all else equals one big batch.
+        max_skipped: optimiser steps in a row that may be skipped for a non-finite loss or
+            gradient before training stops.
+        diagnose_every: steps between diagnoses, 0 for never.
+        sampler: told the epoch and, on resuming, the position inside it.
+
+    Raises:
+        ValueError: for an unknown precision, or no batch in an epoch.
+        FloatingPointError: after ``max_skipped`` non-finite steps, naming the batch's clips.
+    """
+
+    network: nn.Module
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str,
+        max_epochs: int,
+        train_data_loader: Iterable,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        masking: TubeMasking,
+        prepare_batch: Callable[..., Tensor],
+        lr: Schedule,
+        teacher_momentum: Schedule,
+        precision: str = "fp32",
+        gradient_clip: float | None = None,
+        accumulation_steps: int = 1,
+        max_skipped: int = 5,
+        diagnose_every: int = 10,
+        sampler: Any = None,
+        train_handlers: Sequence[Any] | None = None,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r} must be one of {sorted(PRECISIONS)}")
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            train_data_loader=train_data_loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=objective,
+            prepare_batch=prepare_batch,
+            train_handlers=train_handlers,
+            decollate=False,
+            optim_set_to_none=True,
+            accumulation_steps=accumulation_steps,
+        )
+        if not self.state.epoch_length:
+            raise ValueError(
+                "an epoch holds no batch: there are fewer clips than batch_size (times ranks). "
+                "Lower batch_size or add clips"
+            )
+        self.masking, self.lr, self.teacher_momentum = masking, lr, teacher_momentum
+        self.precision = precision
+        self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
+        self.diagnose_every = diagnose_every
+        self.sampler = sampler
+        self.parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        self.skipped = self.skipped_in_a_row = 0
+        self._teacher_logits: dict[str, list[Tensor]] = {}
+        if sampler is not None:
+            self.add_event_handler(Events.EPOCH_STARTED, self._place_sampler)
+
+    def _place_sampler(self) -> None:
+        self.sampler.set_epoch(self.state.epoch - 1)
+        self.sampler.set_position(self.state.iteration % self.state.epoch_length)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps; the last one of an epoch may hold fewer batches."""
+        return math.ceil(self.state.epoch_length / self.accumulation_steps)
+
+    def _position(self) -> tuple[int, int, int]:
+        """(optimiser step, index of this batch in its group, batches in the group), from 0."""
+        epoch, batch = divmod(self.state.iteration - 1, self.state.epoch_length)
+        group, micro = divmod(batch, self.accumulation_steps)
+        size = min(
+            self.accumulation_steps, self.state.epoch_length - group * self.accumulation_steps
+        )
+        return epoch * self.steps_per_epoch + group, micro, size
+
+    def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, float]:
+        step, micro, group = self._position()
+        clip = self.prepare_batch(batchdata, self.state.device, self.non_blocking)
+        if micro == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._teacher_logits = {"video": [], "image": []}
+        lr = self._set_lr(step)
+        self.network.train()
+        output = self._forward(clip, step, micro, group)
+        losses = self.loss_function(output, step)
+        self._backward(losses["loss"] / group, last=micro == group - 1)
+        self._collect(output)
+        result = {name: float(value) for name, value in losses.items()}
+        result.update(lr=lr, momentum=self.teacher_momentum(step), clips=len(clip) * world_size())
+        if micro == group - 1:
+            result["grad_norm"] = self._optimiser_step(step, result["loss"], batchdata)
+        result["skipped"] = self.skipped
+        if self.diagnose_every and step % self.diagnose_every == 0 and micro == group - 1:
+            result.update(diagnose(output, self.loss_function, step))
+        return result
+
+    def _forward(self, clip: Tensor, step: int, micro: int, group: int) -> DiscovrOutput:
+        network = unwrap(self.network)
+        batch = len(clip)
+        first = (micro * world_size() + rank()) * batch
+        image = network.image_student if network.image_head is not None else None
+        masks = self.masking(
+            step,
+            slice(first, first + batch),
+            batch * world_size() * group,
+            video_grid=network.video_student.grid,
+            image_grid=image.grid if image is not None else None,
+            frames=len(network.student_frames),
+            device=clip.device,
+        )
+        dtype = PRECISIONS[self.precision]
+        with torch.autocast(clip.device.type, dtype=dtype, enabled=dtype is not None):
+            return self.network(clip, *masks)
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        """Gradients cross ranks once per optimiser step."""
+        if not last and hasattr(self.network, "no_sync"):
+            with self.network.no_sync():
+                loss.backward()
+        else:
+            loss.backward()
+
+    def _collect(self, output: DiscovrOutput) -> None:
+        for branch, collected in self._teacher_logits.items():
+            logits = getattr(output, f"{branch}_teacher_logits")
+            if logits is not None:
+                collected.append(logits.float().mean(0, keepdim=True))  # (1, K)
+
+    def _set_lr(self, step: int) -> float:
+        lr = self.lr(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        return lr
+
+    def _optimiser_step(self, step: int, loss: float, batch: Mapping[str, Any]) -> float:
+        """Steps optimiser, then teachers and centres; returns the gradients' norm."""
+        limit = math.inf if self.gradient_clip is None else self.gradient_clip
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        bad = torch.tensor(0.0 if math.isfinite(norm) and math.isfinite(loss) else 1.0)
+        if bool(all_reduce_max(bad.to(self.state.device))):
+            self._skip(step, loss, norm, batch)
+            return norm
+        self.skipped_in_a_row = 0
+        self.optimizer.step()
+        logits = {k: torch.cat(v) if v else None for k, v in self._teacher_logits.items()}
+        unwrap(self.network).update_teachers(
+            self.teacher_momentum(step), logits["video"], logits["image"]
+        )
+        return norm
+
+    def _skip(self, step: int, loss: float, norm: float, batch: Mapping[str, Any]) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        ids = ", ".join(str(i) for i in batch.get("id", batch.get("index", ["unknown"])))
+        message = f"step {step}: loss {loss}, gradient norm {norm}; clips {ids}"
+        self.logger.warning(f"skipped a non-finite {message}")
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise FloatingPointError(
+                f"{self.skipped_in_a_row} steps in a row were not finite, the last at {message}. "
+                "The last good checkpoint is intact: lower lr or look at these clips, then resume"
+            )
