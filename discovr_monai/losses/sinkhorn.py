@@ -38,8 +38,10 @@ def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 10) -> Tensor:
     row_max = scaled.amax(dim=1, keepdim=True)  # (M, 1)
     kernel = (scaled - row_max).exp_()  # (M, K), every row's maximum is 1
     rows = (row_max - all_reduce_max(row_max.amax())).exp_()  # (M, 1), undoes the shift
+    tokens = all_reduce_sum(torch.full_like(rows[:1], len(rows)))  # (1, 1), of all ranks
+    share = tokens / scores.shape[1]  # a prototype's mass: keeps the scale from drifting
     for _ in range(iterations):
         mass = all_reduce_sum(kernel.T @ rows)  # (K, 1)
-        columns = mass.clamp_min(tiny).reciprocal()
+        columns = share / mass.clamp_min(tiny)
         rows = (kernel @ columns).clamp_min(tiny).reciprocal()  # (M, 1)
     return kernel.mul_(rows).mul_(columns.T)

@@ -60,6 +60,8 @@ class Discovr(nn.Module):
             self.register_buffer(name, torch.zeros(1, outputs) if outputs else None)
         if image is not None and image_head is None:
             image.requires_grad_(False)
+        if video_head is None and decoder is None:
+            video.requires_grad_(False)
         self.decoder = decoder
         self.prototypes: nn.Parameter | None = None
         self.pixel_projection: nn.Module | None = None
@@ -128,6 +130,8 @@ class Discovr(nn.Module):
         return out
 
     def _video(self, clip: Tensor, masks: Tensor, out: DiscovrOutput) -> Tensor:
+        if self.video_head is None and self.decoder is None:
+            return masks.new_empty(0)  # the image branch alone trains
         first = 0 if self.video_head is not None else len(masks) - 1
         last = len(masks) if self.decoder is not None else len(masks) - 1
         views = self.video_student(clip, masks[first:last])  # (views, B, 1 + n, d)

@@ -142,7 +142,7 @@ class DiscovrTrainer(SupervisedTrainer):
         losses = self.loss_function(output, step)
         self._backward(losses["loss"] / group, last=micro == group - 1)
         self._collect(output)
-        result = {name: float(value) for name, value in losses.items()}
+        result = {name: float(value.detach()) for name, value in losses.items()}
         result.update(lr=lr, momentum=self.teacher_momentum(step), clips=len(clip) * world_size())
         if micro == group - 1:
             result["grad_norm"] = self._optimiser_step(step, result["loss"], batchdata)

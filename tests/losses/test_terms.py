@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from discovr_monai.losses.clustering import ClusterDistillation
+from discovr_monai.losses.distillation import SelfDistillation, Spread, soft_cross_entropy
+from discovr_monai.losses.objective import Objective
+from discovr_monai.losses.reconstruction import PixelReconstruction
+from discovr_monai.losses.sinkhorn import sinkhorn
+from discovr_monai.schedules import LinearRamp
+from discovr_monai.types import DiscovrOutput
+
+
+def random_output(**fields) -> DiscovrOutput:
+    torch.manual_seed(0)
+    return DiscovrOutput(
+        video_logits=torch.randn(2, 3, 5, requires_grad=True),
+        video_teacher_logits=torch.randn(3, 5),
+        video_centre=torch.randn(1, 5),
+        video_scores=torch.randn(2, 4, 6).tanh().requires_grad_(),
+        target_scores=torch.randn(2, 4, 6).tanh().requires_grad_(),
+        **fields,
+    )
+
+
+def test_self_distillation_restated():
+    out = random_output()
+    found = SelfDistillation("video", teacher_temperature=0.05)(out)
+    total = 0.0
+    p = ((out.video_teacher_logits - out.video_centre) / 0.05).double().softmax(-1)
+    for view in out.video_logits.double():
+        q = (view / 0.1).softmax(-1)
+        total -= (p * q.log()).sum(-1).mean() / len(out.video_logits)
+    assert float(found) == pytest.approx(float(total), rel=1e-5)
+
+
+def test_the_temperature_follows_the_step():
+    term = SelfDistillation("video", teacher_temperature=LinearRamp(0.04, 0.07, 10))
+    assert term.temperature(5) == pytest.approx(0.055)
+    out = random_output()
+    assert float(term(out, 0)) != float(term(out, 10))
+
+
+def test_a_constant_teacher_is_centred_away():
+    """Logits equal to the centre say nothing: the target is uniform."""
+    out = random_output()
+    out.video_teacher_logits = out.video_centre.expand(3, -1)
+    p = SelfDistillation("video").teacher_probabilities(out, 0)
+    torch.testing.assert_close(p, torch.full((3, 5), 0.2))
+
+
+def test_sinkhorn_centring_balances_the_teacher():
+    out = random_output()
+    out.video_teacher_logits = torch.randn(40, 5) * 0.05 + torch.tensor([1.0, 0, 0, 0, 0])
+    p = SelfDistillation("video", centring="sinkhorn").teacher_probabilities(out, 0)
+    torch.testing.assert_close(p.sum(1), torch.ones(40))
+    assert float(p.sum(0).max()) < 16  # a softmax would give nearly 40 to the first output
+    assert float(out.video_teacher_logits.div(0.04).softmax(-1).sum(0).max()) > 35
+
+
+def test_gradient_reaches_the_student_only():
+    out = random_output()
+    out.video_teacher_logits.requires_grad_()
+    SelfDistillation("video")(out).backward()
+    assert out.video_logits.grad is not None
+    assert out.video_teacher_logits.grad is None
+
+
+@pytest.mark.parametrize("assignments", ["soft", "hard"])
+def test_cluster_distillation_restated(assignments):
+    out = random_output()
+    found = ClusterDistillation(assignments=assignments)(out)
+    s_v, s_i = (s.detach().flatten(0, 1) for s in (out.video_scores, out.target_scores))
+    q_v, q_i = sinkhorn(s_v), sinkhorn(s_i)
+    if assignments == "hard":
+        q_v, q_i = ((q == q.amax(1, keepdim=True)).float() for q in (q_v, q_i))
+    expected = -(q_i * (s_v / 0.1).log_softmax(1)).sum(1).mean()
+    expected -= (q_v * (s_i / 0.1).log_softmax(1)).sum(1).mean()
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_assignments_take_no_gradient():
+    out = random_output()
+    loss = ClusterDistillation()(out)
+    gradient = torch.autograd.grad(loss, out.video_scores)[0]
+    s = out.video_scores.detach().flatten(0, 1).requires_grad_()
+    q = sinkhorn(out.target_scores.detach().flatten(0, 1))
+    expected = torch.autograd.grad(soft_cross_entropy(q, s / 0.1).mean(), s)[0]
+    torch.testing.assert_close(gradient.flatten(0, 1), expected)
+
+
+def test_reconstruction_counts_masked_tokens_only():
+    mask = torch.tensor([[True, False]])
+    target = torch.randn(1, 2, 12)
+    out = DiscovrOutput(pixels=target.clone(), pixel_targets=target, global_mask=mask)
+    term = PixelReconstruction(normalise=False)
+    assert float(term(out)) == 0
+    out.pixels[0, 1] += 5
+    assert float(term(out)) == 0
+    out.pixels[0, 0] += 2
+    assert float(term(out)) == pytest.approx(4, rel=1e-5)
+
+
+def test_normalised_reconstruction_ignores_gain():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    target = torch.randn(1, 2, 12)
+    pixels = torch.randn(1, 2, 12)
+    losses = [
+        float(PixelReconstruction()(DiscovrOutput(pixels=pixels, pixel_targets=t, global_mask=mask)))
+        for t in (target, target * 7 + 3)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_spread_prefers_embeddings_apart():
+    near = torch.randn(1, 6, 8) * 0.01 + 1
+    far = torch.randn(1, 6, 8)
+    assert float(Spread()(DiscovrOutput(video_cls=far))) < float(Spread()(DiscovrOutput(video_cls=near)))
+
+
+def test_objective_weighs_and_skips():
+    terms = {"video": SelfDistillation("video"), "image": SelfDistillation("image"),
+             "cluster": ClusterDistillation()}  # fmt: skip
+    losses = Objective(terms, {"image": 0, "cluster": 0.5})(random_output())
+    assert set(losses) == {"loss", "video", "cluster"}
+    assert float(losses["loss"]) == pytest.approx(float(losses["video"] + 0.5 * losses["cluster"]))
+
+
+def test_objective_says_what_is_missing():
+    with pytest.raises(ValueError, match="gives no pixel_targets, pixels, which .* weight to 0"):
+        Objective({"pixels": PixelReconstruction()})(
+            DiscovrOutput(global_mask=torch.ones(1, 1, dtype=torch.bool))
+        )
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Objective({"a": Spread()}, {"b": 1}), "unknown terms \\['b'\\]; have \\['a'\\]"),
+        (lambda: Objective({"a": Spread()}, {"a": 0}), "no term of non-zero weight"),
+        (lambda: SelfDistillation("audio"), "branch 'audio' must be"),
+        (lambda: SelfDistillation("video", centring="mean"), "centring 'mean' must be"),
+        (lambda: ClusterDistillation(assignments="firm"), "assignments 'firm' must be"),
+    ],
+)
+def test_senseless_options_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_uniform_student_pays_the_logarithm_of_the_outputs():
+    out = random_output()
+    out.video_logits = torch.zeros(2, 3, 5)
+    assert float(SelfDistillation("video")(out)) == pytest.approx(math.log(5), rel=1e-5)
