@@ -38,24 +38,37 @@ class Cine:
         fps_source: where fps came from: "FrameTime", "FrameTimeVector", "CineRate",
             "RecommendedDisplayFrameRate", "container", "header" or "unknown".
         spacing: (row, column) pixel spacing in mm, or None where the file does not tell.
+        region: rows and columns of the one 2-D tissue region that a DICOM file names.
+        from_dicom: whether it was read from DICOM.
+        raw_screen: whether it may show a scanner's whole screen: DICOM always, other files when
+            larger than 256 pixels on a side or not square (pre-cropped sets are small squares).
     """
 
     frames: np.ndarray
     fps: float | None
     fps_source: str
     spacing: tuple[float, float] | None = None
+    region: tuple[slice, slice] | None = None
+    from_dicom: bool = False
+
+    @property
+    def raw_screen(self) -> bool:
+        """See above."""
+        height, width = self.frames.shape[1:3]
+        return self.from_dicom or max(height, width) > 256 or height != width
 
 
 class DatalistRow(TypedDict, total=False):
     """One cine of a datalist; only ``image`` is required.
 
     ``image`` is a path relative to the data root, ``patient`` any string that is equal for
-    cines of one patient, ``fps`` overrides the file's own, ``label`` is 0 normal or
+    cines of one patient, ``id`` a salted name that may be logged, ``fps`` overrides the file's own, ``label`` is 0 normal or
     1 abnormal, ``ef`` percent, ``edv`` and ``esv`` mL, ``mask`` a relative path to a
     (T, H, W) label map.
     """
 
     image: str
+    id: str
     patient: str
     fps: float
     num_frames: int

@@ -31,7 +31,9 @@ def pca_colours(tokens: Tensor) -> np.ndarray:
     return np.clip((components - low) / np.maximum(high - low, 1e-9), 0, 1)
 
 
-def token_maps(values: np.ndarray, grid: tuple[int, int, int], frames: int, side: int) -> np.ndarray:
+def token_maps(
+    values: np.ndarray, grid: tuple[int, int, int], frames: int, side: int
+) -> np.ndarray:
     """Token values (N, C) to pixels (frames, side, side, C), nearest neighbour."""
     t, h, w = grid
     maps = values.reshape(t, h, w, -1)
@@ -96,7 +98,12 @@ def _teacher_tokens(network: Discovr, clip: Tensor) -> Tensor:
 
 
 def _prototype_figure(
-    nearest: Tensor, grey: np.ndarray, grid: tuple[int, int, int], count: int, folder: Path, name: str
+    nearest: Tensor,
+    grey: np.ndarray,
+    grid: tuple[int, int, int],
+    count: int,
+    folder: Path,
+    name: str,
 ) -> Path:
     import matplotlib
 
@@ -116,7 +123,12 @@ def _prototype_figure(
     usage = np.sort(np.bincount(nearest.numpy(), minlength=count))[::-1]
     axes[0, 3].bar(np.arange(count), usage, width=1.0)
     axes[0, 3].set(title="prototype usage, this clip", xlabel="prototype, sorted", ylabel="tokens")
-    axes[1, 3].text(0.02, 0.6, f"{(usage > 0).sum()} of {count} prototypes used\ncolour = nearest prototype\nof each place's image-teacher token", fontsize=10)
+    axes[1, 3].text(
+        0.02,
+        0.6,
+        f"{(usage > 0).sum()} of {count} prototypes used\ncolour = nearest prototype\nof each place's image-teacher token",
+        fontsize=10,
+    )
     axes[1, 3].set_axis_off()
     path = folder / f"{name}_prototypes.png"
     figure.savefig(path, dpi=80)

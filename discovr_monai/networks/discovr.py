@@ -69,9 +69,7 @@ class Discovr(nn.Module):
         tubelet_pixels = video.patch_embed.in_features
         if decoder is not None and num_prototypes:
             width = decoder.head.out_features
-            self.prototypes = nn.Parameter(
-                F.normalize(torch.randn(num_prototypes, width), dim=-1)
-            )
+            self.prototypes = nn.Parameter(F.normalize(torch.randn(num_prototypes, width), dim=-1))
             if target == "pixels":
                 self.pixel_projection = nn.Sequential(
                     nn.Linear(tubelet_pixels, width), nn.GELU(), nn.Linear(width, width)
@@ -197,7 +195,10 @@ class Discovr(nn.Module):
             ema_update(self.image_teacher, self.image_student, momentum)
         if self.image_head is not None and self.image_teacher_head is not None:
             ema_update(self.image_teacher_head, self.image_head, momentum)
-        for centre, logits in ((self.video_centre, video_logits), (self.image_centre, image_logits)):
+        for centre, logits in (
+            (self.video_centre, video_logits),
+            (self.image_centre, image_logits),
+        ):
             if centre is not None and logits is not None:
                 mean = all_reduce_mean(logits.to(centre.dtype).mean(0, keepdim=True))  # (1, K)
                 centre.lerp_(mean, 1 - self.centre_momentum)
@@ -228,7 +229,9 @@ def _check_parts(
         raise ValueError("prototypes and reconstruction need a decoder: configure one")
     if num_prototypes and decoder is not None and target == "image":
         if image is None:
-            raise ValueError("semantic cluster distillation needs an image branch, or target: pixels")
+            raise ValueError(
+                "semantic cluster distillation needs an image branch, or target: pixels"
+            )
         if decoder.head.out_features != image.embed_dim:
             raise ValueError(
                 f"the decoder's out_dim {decoder.head.out_features} must be the image branch's "

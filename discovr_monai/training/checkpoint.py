@@ -54,7 +54,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {path.name} does not exist: train first, or check --ckpt")
+        raise CheckpointError(
+            f"checkpoint {path.name} does not exist: train first, or check --ckpt"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -109,7 +109,9 @@ def test_normalised_reconstruction_ignores_gain():
     target = torch.randn(1, 2, 12)
     pixels = torch.randn(1, 2, 12)
     losses = [
-        float(PixelReconstruction()(DiscovrOutput(pixels=pixels, pixel_targets=t, global_mask=mask)))
+        float(
+            PixelReconstruction()(DiscovrOutput(pixels=pixels, pixel_targets=t, global_mask=mask))
+        )
         for t in (target, target * 7 + 3)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -118,7 +120,9 @@ def test_normalised_reconstruction_ignores_gain():
 def test_spread_prefers_embeddings_apart():
     near = torch.randn(1, 6, 8) * 0.01 + 1
     far = torch.randn(1, 6, 8)
-    assert float(Spread()(DiscovrOutput(video_cls=far))) < float(Spread()(DiscovrOutput(video_cls=near)))
+    assert float(Spread()(DiscovrOutput(video_cls=far))) < float(
+        Spread()(DiscovrOutput(video_cls=near))
+    )
 
 
 def test_objective_weighs_and_skips():

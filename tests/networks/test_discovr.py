@@ -166,7 +166,14 @@ def test_baselines_are_configs_without_unused_parameters(clip, options, wanted):
     network = tiny_network(**options)
     out = network(clip, *masks_for(network))
     values = {f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
-    outputs = ("video_logits", "image_logits", "video_scores", "target_scores", "pixels", "pixel_targets")
+    outputs = (
+        "video_logits",
+        "image_logits",
+        "video_scores",
+        "target_scores",
+        "pixels",
+        "pixel_targets",
+    )
     assert [n for n in outputs if values[n] is not None] == wanted
     loss = sum(values[name].float().square().sum() for name in wanted)
     reached = set(gradients(network, loss))

@@ -124,7 +124,10 @@ def test_decoder_puts_tokens_back_in_raster_order():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 100}, "image_size 100 is not divisible by patch_size 16: use image_size 96"),
+        (
+            {"image_size": 100},
+            "image_size 100 is not divisible by patch_size 16: use image_size 96",
+        ),
         ({"num_frames": 15}, "num_frames 15 is not divisible by tubelet_size 2: use num_frames 16"),
         ({"num_frames": 0}, "num_frames 0 and tubelet_size 2 must be at least 1"),
         ({"num_heads": 7}, "width 768 is not divisible by the number of heads 7"),

@@ -1,0 +1,291 @@
+"""One reader for every kind of cine: AVI, MP4, MOV, MKV, DICOM, NIfTI, MHD.
+
+Codec libraries are imported when a file needs them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from discovr_monai.types import Cine, CineError
+
+VIDEO = {".avi", ".mp4", ".mov", ".mkv", ".m4v", ".webm", ".mpg", ".mpeg", ".wmv"}
+NIFTI = (".nii", ".nii.gz")
+ITK = {".mhd", ".mha", ".nrrd"}
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+# Grey cines stored in colour differ between channels by JPEG's rounding; markers and menus are
+# small. Colour is what more than 1 % of the pixels show by more than 24 grey levels.
+COLOUR_LEVELS, COLOUR_SHARE = 24, 0.01
+
+
+def read_cine(path: str | Path, *, name: str | None = None, color: str = "auto") -> Cine:
+    """Reads a 2-D cine.
+
+    Args:
+        path: AVI (MJPEG), MP4/MOV/MKV (H.264), multi-frame ultrasound DICOM, NIfTI (X, Y, T) or
+            MHD/MHA 2-D + t. The content decides, then the suffix.
+        name: what errors call the file, best relative to the data root; the file's name if None.
+        color: "auto" gives (T, H, W) for grey cines and (T, H, W, 3) RGB for coloured ones (more
+            than 1 % of the pixels differ by over 24 levels between channels); "grey" and "rgb"
+            force one.
+
+    Returns:
+        Frames uint8 0..255, fps and where it came from, pixel spacing in mm. Never a tag of
+        the patient.
+
+    Raises:
+        CineError: naming the file, what is wrong and what to do.
+        ValueError: for an unknown ``color``.
+    """
+    if color not in ("auto", "grey", "rgb"):
+        raise ValueError(f"color {color!r} must be 'auto', 'grey' or 'rgb'")
+    path = Path(path)
+    name = name or path.name
+    head = _head(path, name)
+    reader = _reader(path, head, name)
+    cine = reader(path, name, color)
+    frames = cine.frames
+    if len(frames) < 2:
+        raise CineError(
+            name, "it is a still: one frame", "Only cines of 2 or more frames train", "not a cine"
+        )
+    return cine
+
+
+def _head(path: Path, name: str) -> bytes:
+    if not path.exists():
+        raise CineError(name, "it does not exist", "Check the path and --dataset_dir")
+    if path.is_dir():
+        raise CineError(name, "it is a folder", "Give a file, or scan the folder", "not a cine")
+    if not os.access(path, os.R_OK):
+        raise CineError(name, "no permission to read it", "Change its permissions (chmod u+r)")
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CineError(name, f"it cannot be read ({error.strerror})", "Check the disk") from error
+    if not head:
+        raise CineError(name, "it is empty (0 bytes)", "Copy it again from its source")
+    return head
+
+
+def _reader(path: Path, head: bytes, name: str) -> Any:
+    suffix = path.suffix.lower()
+    if head[128:132] == b"DICM" or suffix in (".dcm", ".dicom"):
+        from discovr_monai.data.cine_dicom import read_dicom
+
+        return read_dicom
+    if path.name.lower().endswith(NIFTI):
+        return _read_nifti
+    if suffix in ITK:
+        return _read_itk
+    containers = (head[:4] == b"RIFF", head[4:8] == b"ftyp", head[:4] == b"\x1aE\xdf\xa3")
+    if suffix in VIDEO or any(containers):
+        return _read_video
+    what = "text" if _is_text(head) else "not a cine format that we know"
+    known = "AVI, MP4, MOV, MKV, DICOM, NIfTI or MHD"
+    raise CineError(name, f"it is {what}", f"Convert it to {known}, or leave it out", "not a cine")
+
+
+def _is_text(head: bytes) -> bool:
+    return not set(head) & (set(range(9)) | set(range(14, 32)))
+
+
+def to_grey(rgb: np.ndarray) -> np.ndarray:
+    """Luma of RGB uint8: (..., 3) -> (...), ITU-R BT.601, rounded."""
+    if (rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 0] == rgb[..., 2]).all():
+        return np.ascontiguousarray(rgb[..., 0])
+    return np.stack([(frame @ LUMA + 0.5).astype(np.uint8) for frame in rgb])
+
+
+def is_coloured(rgb: np.ndarray) -> bool:
+    """Whether (T, H, W, 3) uint8 shows colour, judged on up to 8 evenly spaced frames."""
+    sample = rgb[np.linspace(0, len(rgb) - 1, min(8, len(rgb))).astype(int)].astype(np.int16)
+    chroma = sample.max(-1) - sample.min(-1)
+    return bool((chroma > COLOUR_LEVELS).mean() > COLOUR_SHARE)
+
+
+def choose_colour(rgb: np.ndarray, color: str) -> np.ndarray:
+    """RGB or its luma, as ``color`` asks."""
+    if color == "rgb" or (color == "auto" and is_coloured(rgb)):
+        return rgb
+    return to_grey(rgb)
+
+
+def plausible_fps(value: Any) -> float | None:
+    """A frame rate as a float, None for what cannot be one (0, 1000 fps and more, text)."""
+    try:
+        fps = float(value)
+    except (TypeError, ValueError):
+        return None
+    return fps if 1 <= fps < 1000 else None
+
+
+# ---- video files -------------------------------------------------------------------------
+
+
+def _read_video(path: Path, name: str, color: str) -> Cine:
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise CineError(name, "it holds no video", "Leave it out", "not a cine")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            fps, claimed = plausible_fps(stream.average_rate), stream.frames
+            frames, broken = _decode(container, stream, color)
+    except av.FFmpegError as error:
+        raise CineError(
+            name, "it cannot be opened as a video (cut short or damaged)", "Copy or export it again"
+        ) from error
+    if not len(frames):
+        raise CineError(name, "no frame of it can be decoded", "Copy or export it again")
+    if broken or len(frames) < claimed:
+        total = f" of {claimed}" if claimed else ""
+        raise CineError(
+            name,
+            f"only {len(frames)}{total} frames could be decoded: it is cut short or damaged",
+            "Copy or export it again",
+        )
+    source = "container" if fps else "unknown"
+    return Cine(frames, fps, source)
+
+
+def _decode(container: Any, stream: Any, color: str) -> tuple[np.ndarray, bool]:
+    """All frames, and whether decoding broke off.
+
+    The luma plane is read as it is; RGB is made only for what shows colour.
+    """
+    import av
+
+    luma: list[np.ndarray] = []
+    rgb: list[np.ndarray] = []
+    coloured: bool | None = {"grey": False, "rgb": True}.get(color)
+    broken = False
+    try:
+        for frame in container.decode(stream):
+            planar = frame.format.name.startswith(("yuv", "gray", "nv12"))
+            planar = planar and frame.format.components[0].bits == 8
+            if coloured is not True and planar:
+                luma.append(_luma(frame))
+                if coloured is None and len(luma) % 16 == 1 and _shows_colour(frame):
+                    coloured = True
+                    container.seek(0)  # rare: start over in RGB
+                    return _decode(container, stream, "rgb")
+            else:
+                rgb.append(frame.to_ndarray(format="rgb24"))
+    except av.FFmpegError:
+        broken = True
+    if rgb:
+        return choose_colour(np.stack(rgb), color), broken
+    return np.stack(luma) if luma else np.empty((0, 1, 1), np.uint8), broken
+
+
+def _plane(plane: Any) -> np.ndarray:
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    return rows[: plane.height, : plane.width]
+
+
+def _luma(frame: Any) -> np.ndarray:
+    y = _plane(frame.planes[0])
+    full = frame.format.name.startswith(("yuvj", "gray")) or frame.color_range == 2
+    if full:
+        return y.copy()
+    return _EXPAND[y]
+
+
+# limited-range (16..235) luma to 0..255
+_EXPAND = np.clip(np.rint((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8)
+
+
+def _shows_colour(frame: Any) -> bool:
+    if len(frame.planes) < 3:
+        return False
+    u, v = (_plane(p).astype(np.int16) - 128 for p in frame.planes[1:3])
+    chroma = np.maximum(np.abs(u), np.abs(v)) * 1.8  # levels between channels, about
+    return bool((chroma > COLOUR_LEVELS).mean() > COLOUR_SHARE)
+
+
+# ---- NIfTI and ITK -----------------------------------------------------------------------
+
+
+def _read_nifti(path: Path, name: str, color: str) -> Cine:
+    import nibabel
+
+    try:
+        image = nibabel.load(path)
+        array = np.asanyarray(image.dataobj)  # type: ignore[attr-defined]
+        header = image.header
+    except Exception as error:  # nibabel raises many kinds for damaged files
+        raise CineError(
+            name, "it cannot be read as NIfTI (cut short or damaged)", "Copy or export it again"
+        ) from error
+    zooms = [float(z) for z in header.get_zooms()]  # type: ignore[attr-defined]
+    if array.dtype.names:  # RGB voxels
+        array = np.stack([array[n] for n in array.dtype.names[:3]], -1)
+    while array.ndim == 4 and array.shape[2] == 1:  # (X, Y, 1, T)
+        array, zooms = array[:, :, 0], [*zooms[:2], *zooms[3:]]
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[-1] != 3):
+        raise CineError(
+            name, f"its shape {array.shape} is not (X, Y, T)", "Save it as 2-D + time", "not a cine"
+        )
+    frames = _to_uint8(np.swapaxes(array, 0, 2), name)  # (T, Y, X[, 3])
+    unit = header.get_xyzt_units()[1]  # type: ignore[attr-defined]
+    seconds = (zooms[2] if len(zooms) > 2 else 0) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1)
+    known = seconds > 0 and (unit != "unknown" or seconds < 0.5)  # 1 is the empty default
+    fps = plausible_fps(1 / seconds) if known else None
+    if frames.ndim == 4:
+        frames = choose_colour(frames, color)
+    return Cine(_grey_or_rgb(frames, color), fps, "header" if fps else "unknown",
+                (zooms[1], zooms[0]))  # fmt: skip
+
+
+def _read_itk(path: Path, name: str, color: str) -> Cine:
+    import itk
+
+    try:
+        image = itk.imread(str(path))
+        array = itk.array_from_image(image)  # (T, Y, X[, 3])
+        spacing = [float(s) for s in image.GetSpacing()]
+    except Exception as error:  # ITK raises its own kinds, which differ by version
+        raise CineError(
+            name, "ITK cannot read it (damaged, or its raw file is missing)", "Export it again"
+        ) from error
+    if array.ndim == 2 or (array.ndim == 3 and len(spacing) == 2):
+        array, spacing = array[None], [*spacing, 0.0]
+    if array.ndim not in (3, 4) or len(spacing) != 3:
+        raise CineError(
+            name, f"its shape {array.shape} is not (T, Y, X)", "Save it as 2-D + time", "not a cine"
+        )
+    frames = _to_uint8(array, name)
+    if frames.ndim == 4:
+        frames = choose_colour(frames[..., :3], color)
+    fps = plausible_fps(1 / spacing[2]) if 0 < spacing[2] < 0.5 else None
+    return Cine(_grey_or_rgb(frames, color), fps, "header" if fps else "unknown",
+                (spacing[1], spacing[0]))  # fmt: skip
+
+
+def _grey_or_rgb(frames: np.ndarray, color: str) -> np.ndarray:
+    if color == "rgb" and frames.ndim == 3:
+        return frames[..., None].repeat(3, -1)
+    return np.ascontiguousarray(frames)
+
+
+def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
+    """uint8 as it is; 0..255 in other types is rounded; the rest is stretched to 0..255."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind not in "iuf" or not array.size:
+        raise CineError(name, f"its values are of type {array.dtype}", "Save it as numbers")
+    values = np.nan_to_num(array.astype(np.float32))
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 255 or (array.dtype.kind == "f" and high <= 1):
+        values = (values - low) * (255 / max(high - low, 1e-12))
+    return np.rint(values).astype(np.uint8)
