@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -55,3 +56,33 @@ def barrier() -> None:
     """Waits for all ranks."""
     if is_distributed():
         dist.barrier()
+
+
+def local_device() -> torch.device:
+    """This process's GPU under torchrun, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def start() -> None:
+    """Joins torchrun's process group: NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        RuntimeError: when not started by torchrun.
+    """
+    if "RANK" not in os.environ:
+        raise RuntimeError(
+            "multi_gpu_train.yaml needs torchrun: torchrun --standalone --nproc_per_node=2 "
+            "-m monai.bundle run training --config_file ..."
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def shut_down() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
 from monai.handlers import MLFlowHandler
 from tqdm import tqdm
@@ -48,6 +49,42 @@ class EpochMeans:
     def _finish(self, engine: Engine) -> None:
         means = {f"epoch_{n}": self.sums[n] / self.counts[n] for n in self.sums}
         engine.state.metrics.update(means)
+
+
+class ValidationLoss:
+    """The objective on held-out cines, with fixed masks and clips, into ``state.metrics``.
+
+    Adds "val_loss" and "val_<term>". Nothing is updated. Without validation cines it does
+    nothing.
+
+    Args:
+        dataloader: batches of the validation cines, always the same clips.
+        interval: epochs between validations; the last epoch always has one.
+    """
+
+    def __init__(self, dataloader: Any, interval: int = 1) -> None:
+        self.dataloader, self.interval = dataloader, interval
+
+    def attach(self, engine: DiscovrTrainer) -> None:
+        """Hooks onto the engine's events."""
+        if self.interval and len(self.dataloader.dataset):
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._validate)
+
+    @torch.no_grad()
+    def _validate(self, engine: DiscovrTrainer) -> None:
+        if engine.state.epoch % self.interval and engine.state.epoch != engine.state.max_epochs:
+            for name in [m for m in engine.state.metrics if m.startswith("val_")]:
+                del engine.state.metrics[name]  # of an earlier epoch
+            return
+        sums: dict[str, float] = {}
+        clips = 0
+        for number, batch in enumerate(self.dataloader):
+            losses = engine.evaluate_batch(batch, number)
+            clips += (size := len(batch["image"]))
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + size * value
+        for name, value in sums.items():
+            engine.state.metrics[f"val_{name}"] = value / clips
 
 
 class Progress:

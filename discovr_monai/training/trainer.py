@@ -138,7 +138,8 @@ class DiscovrTrainer(SupervisedTrainer):
             self._teacher_logits = {"video": [], "image": []}
         lr = self._set_lr(step)
         self.network.train()
-        output = self._forward(clip, step, micro, group)
+        rows = (micro * world_size() + rank()) * len(clip)
+        output = self._forward(self.network, clip, step, rows, len(clip) * world_size() * group)
         losses = self.loss_function(output, step)
         self._backward(losses["loss"] / group, last=micro == group - 1)
         self._collect(output)
@@ -151,23 +152,44 @@ class DiscovrTrainer(SupervisedTrainer):
             result.update(diagnose(output, self.loss_function, step))
         return result
 
-    def _forward(self, clip: Tensor, step: int, micro: int, group: int) -> DiscovrOutput:
-        network = unwrap(self.network)
-        batch = len(clip)
-        first = (micro * world_size() + rank()) * batch
-        image = network.image_student if network.image_head is not None else None
+    def _forward(
+        self, network: nn.Module, clip: Tensor, step: int, first: int, total: int
+    ) -> DiscovrOutput:
+        """Rows ``first`` on of a global batch of ``total`` clips, under the step's masks."""
+        inner = unwrap(self.network)
+        image = inner.image_student if inner.image_head is not None else None
         masks = self.masking(
             step,
-            slice(first, first + batch),
-            batch * world_size() * group,
-            video_grid=network.video_student.grid,
+            slice(first, first + len(clip)),
+            total,
+            video_grid=inner.video_student.grid,
             image_grid=image.grid if image is not None else None,
-            frames=len(network.student_frames),
+            frames=len(inner.student_frames),
             device=clip.device,
         )
         dtype = PRECISIONS[self.precision]
         with torch.autocast(clip.device.type, dtype=dtype, enabled=dtype is not None):
-            return self.network(clip, *masks)
+            return network(clip, *masks)
+
+    @torch.no_grad()
+    def evaluate_batch(self, batch: Mapping[str, Any], number: int) -> dict[str, float]:
+        """Losses of a validation batch under masks that depend on ``number`` only."""
+        clip = self.prepare_batch(batch, self.state.device, self.non_blocking)
+        network = unwrap(self.network).eval()
+        output = self._forward(network, clip, number, 0, len(clip))
+        losses = self.loss_function(output, self._position()[0])
+        return {name: float(value) for name, value in losses.items()}
+
+    def run(self) -> Any:
+        """Trains to the last epoch; says so and returns where a resumed run is done already."""
+        if self.state.epoch >= self.state.max_epochs:
+            if not rank():
+                print(
+                    f"This training is complete ({self.state.epoch} epochs). --resume never "
+                    "starts anew, more --epochs go on"
+                )
+            return self.state
+        return super().run()
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         """Gradients cross ranks once per optimiser step."""

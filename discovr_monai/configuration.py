@@ -1,0 +1,145 @@
+"""Small helpers that the bundle's YAML calls: checks, and words for the screen."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+# what `monai.bundle run` itself understands
+RUN_OPTIONS = {
+    "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
+    "args_file", "workflow_name", "workflow_type",
+}  # fmt: skip
+
+
+def check_command_line(argv: Sequence[str] | None = None) -> None:
+    """Refuses keys that no config knows, and makes errors end in one clear line.
+
+    MONAI silently adds a misspelt key; this looks at what ``--config_file`` names: the first
+    file knows the keys, overlays and ``--key value`` may only change them. Does nothing where
+    the command line is not a bundle's.
+
+    Raises:
+        ValueError: naming the key and the nearest known one.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _options(arguments)
+    if "config_file" not in options:
+        return
+    sys.excepthook = _one_clear_error
+    files = _as_list(options["config_file"])
+    base = _keys(_read(files[0]))
+    for file in files[1:]:
+        for key in _read(file):
+            _check(key.split("#")[0].split("::")[0], base, f"{Path(file).name}: ")
+    for key in options:
+        path = key.replace("::", "#")
+        if path.split("#")[0] in RUN_OPTIONS:
+            continue
+        known = base | ({k for f in files[1:] for k in _keys(_read(f))})
+        _check(path, known, "--")
+
+
+def _check(key: str, known: set[str], where: str) -> None:
+    parts = key.split("#")
+    for depth in range(1, len(parts) + 1):
+        prefix = "#".join(parts[:depth])
+        if prefix in known:
+            continue
+        if depth > 1 and any(p.isdigit() for p in parts[:depth]):
+            return  # an item of a list
+        if depth > 1 and f"{'#'.join(parts[: depth - 1])}#_target_" in known:
+            return  # another argument of a component
+        near = difflib.get_close_matches(prefix, sorted(known), n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else "See docs/configs.md for all keys"
+        raise ValueError(f"{where}{prefix}: no config knows this key. {hint}")
+
+
+def _keys(config: dict[str, Any], prefix: str = "") -> set[str]:
+    found = set()
+    for key, value in config.items():
+        found.add(f"{prefix}{key}")
+        if isinstance(value, dict):
+            found |= _keys(value, f"{prefix}{key}#")
+    return found
+
+
+def _read(file: str) -> dict[str, Any]:
+    import json
+
+    import yaml
+
+    text = Path(file).read_text()
+    return json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+
+
+def _options(arguments: Sequence[str]) -> dict[str, str]:
+    options = {}
+    for position, word in enumerate(arguments):
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            if not equals and position + 1 < len(arguments):
+                value = arguments[position + 1]
+            options[key] = value
+    return options
+
+
+def _as_list(value: str) -> list[str]:
+    if value.startswith("["):
+        return list(ast.literal_eval(value))
+    return value.split(",")
+
+
+def _one_clear_error(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Our own errors end in their message alone; others keep the traceback before it."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    frame = root.__traceback__
+    ours = False
+    while frame is not None:
+        ours = "discovr_monai" in frame.tb_frame.f_globals.get("__name__", "")
+        frame = frame.tb_next
+    if not (ours and isinstance(root, (ValueError, OSError, RuntimeError, ArithmeticError))):
+        sys.__excepthook__(kind, error, traceback)
+    print(f"\nError: {root}", file=sys.stderr)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """"auto" to "bf16" where the machine multiplies bf16 fast, else "fp32"."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16" if device.type == "cpu" and fast else "fp32"
+
+
+def describe(network: nn.Module, preset: str, precision: str) -> str:
+    """"demo preset, 3.1 M trainable parameters, bf16"."""
+    count = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    return f"Preset {preset}: {count / 1e6:.1f} M trainable parameters, {precision}"
+
+
+def next_steps(output_dir: str, mlflow: bool) -> str:
+    """What a person does after a training; paths relative to where they are."""
+    folder = Path(output_dir)
+    try:
+        folder = folder.resolve().relative_to(Path.cwd())
+    except ValueError:
+        folder = Path(output_dir)
+    lines = [f"Checkpoint: {folder / 'last.pt'} (lowest validation loss: {folder / 'best.pt'})"]
+    if mlflow:
+        lines.append(f"MLflow:     {folder / 'mlruns.db'}")
+        lines.append(f"Next, look: mlflow ui --backend-store-uri sqlite:///{folder / 'mlruns.db'}")
+    return "\n".join(lines)
