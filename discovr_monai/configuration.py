@@ -116,7 +116,7 @@ def _one_clear_error(
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """"auto" to "bf16" where the machine multiplies bf16 fast, else "fp32"."""
+    """ "auto" to "bf16" where the machine multiplies bf16 fast, else "fp32"."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -126,7 +126,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def describe(network: nn.Module, preset: str, precision: str) -> str:
-    """"demo preset, 3.1 M trainable parameters, bf16"."""
+    """ "demo preset, 3.1 M trainable parameters, bf16"."""
     count = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return f"Preset {preset}: {count / 1e6:.1f} M trainable parameters, {precision}"
 

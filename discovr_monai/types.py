@@ -62,9 +62,9 @@ class DatalistRow(TypedDict, total=False):
     """One cine of a datalist; only ``image`` is required.
 
     ``image`` is a path relative to the data root, ``patient`` any string that is equal for
-    cines of one patient, ``id`` a salted name that may be logged, ``fps`` overrides the file's own, ``label`` is 0 normal or
-    1 abnormal, ``ef`` percent, ``edv`` and ``esv`` mL, ``mask`` a relative path to a
-    (T, H, W) label map.
+    cines of one patient, ``id`` a salted name that may be logged, ``fps`` overrides the
+    file's own, ``label`` is 0 normal or 1 abnormal, ``ef`` percent, ``edv`` and ``esv`` mL,
+    ``mask`` a relative path to a (T, H, W) label map.
     """
 
     image: str

@@ -126,7 +126,8 @@ def _prototype_figure(
     axes[1, 3].text(
         0.02,
         0.6,
-        f"{(usage > 0).sum()} of {count} prototypes used\ncolour = nearest prototype\nof each place's image-teacher token",
+        f"{(usage > 0).sum()} of {count} prototypes used\ncolour = nearest prototype\n"
+        "of each place's image-teacher token",
         fontsize=10,
     )
     axes[1, 3].set_axis_off()

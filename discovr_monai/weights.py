@@ -1,10 +1,14 @@
-"""Released DISCOVR checkpoints to our names, every tensor accounted for."""
+"""Weights in files: safe reading and writing, and released checkpoints to our names."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +17,60 @@ from torch import Tensor
 from discovr_monai.networks.discovr import Discovr
 from discovr_monai.networks.heads import Decoder, ProjectionHead
 from discovr_monai.networks.vit import VisionTransformer
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+def save_atomic(write: Callable[[Path], None], path: Path) -> None:
+    """Writes through ``write(temporary path)``, flushes to disk, then renames to ``path``.
+
+    Raises:
+        OSError: when the disk is full or the folder cannot be written; ``path`` is as before
+            and no temporary file is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint of ours without running pickled code.
+
+    Raises:
+        CheckpointError: missing, truncated, of another format, or holding pickled code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"checkpoint {path.name} does not exist: train first, or check --ckpt"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path.name} is damaged or holds pickled code, which is never run: "
+            "use last.pt or best.pt of a training, or convert it"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"checkpoint {path.name} is damaged (cut short?): resume from best.pt or start anew"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path.name} is not a training checkpoint of discovr-monai")
+    return state
+
 
 _PARTS = {
     "encoder": "video_student",
@@ -169,3 +227,15 @@ def _head(names: Mapping[str, Tensor], part: str) -> ProjectionHead:
     out_dim, bottleneck = names[f"{part}.last_layer.weight_v"].shape
     hidden, in_dim = names[f"{part}.mlp.0.weight"].shape
     return ProjectionHead(in_dim, out_dim, hidden, bottleneck)
+
+
+def export_teacher(checkpoint: str | Path, output: str | Path) -> None:
+    """Writes a training's video teacher as the state dict of :class:`networks.vit.Embedder`.
+
+    Raises:
+        ValueError: if the file is not a checkpoint of ours.
+    """
+    state = read_checkpoint(checkpoint)["network"]
+    prefix = "video_teacher."
+    found = {f"encoder.{k[len(prefix) :]}": v for k, v in state.items() if k.startswith(prefix)}
+    save_atomic(lambda temporary: torch.save(found, temporary), Path(output))

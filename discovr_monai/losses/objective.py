@@ -34,10 +34,12 @@ class Objective(nn.Module):
         if not self.terms:
             raise ValueError("the objective has no term of non-zero weight")
 
+    terms: nn.ModuleDict
+
     @property
     def needs(self) -> set[str]:
         """Fields of :class:`DiscovrOutput` that the terms read."""
-        return {field for term in self.terms.values() for field in term.needs}
+        return {field for term in self.terms.values() for field in term.needs}  # type: ignore[union-attr]
 
     def forward(self, output: DiscovrOutput, step: int = 0) -> dict[str, Tensor]:
         """{"loss": weighted sum, name: unweighted scalar, ...}."""

@@ -55,6 +55,8 @@ class Discovr(nn.Module):
         self.image_teacher = None if image is None else make_teacher(image)
         self.video_teacher_head = None if video_head is None else make_teacher(video_head)
         self.image_teacher_head = None if image_head is None else make_teacher(image_head)
+        self.video_centre: Tensor | None
+        self.image_centre: Tensor | None
         for name, head in (("video_centre", video_head), ("image_centre", image_head)):
             outputs = 0 if head is None else head.last_layer.weight_v.shape[0]
             self.register_buffer(name, torch.zeros(1, outputs) if outputs else None)

@@ -19,7 +19,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
     Parameters are averaged; buffers are fixed tables and are left as they are.
     """
-    teachers = list(teacher.parameters())
+    teachers: list[torch.Tensor] = list(teacher.parameters())
     students = [p.detach() for p in student.parameters()]
     if teachers:
         torch._foreach_lerp_(teachers, students, 1.0 - momentum)

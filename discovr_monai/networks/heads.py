@@ -37,6 +37,7 @@ class WeightNormLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
+        self.weight_g: Tensor
         self.register_buffer("weight_g", torch.ones(out_features, 1))
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.trunc_normal_(self.weight_v, std=0.02)
@@ -113,6 +114,7 @@ class Decoder(nn.Module):
         tokens = grid[0] * grid[1] * grid[2]
         self.embed = nn.Linear(in_dim, embed_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed: Tensor
         self.register_buffer(
             "pos_embed", sincos_positions(1 + tokens, embed_dim)[None, 1:], persistent=False
         )  # (1, N, d): the table over 1 + N positions without its CLS row

@@ -137,6 +137,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = nn.Linear(3 * tubelet_size * patch_size**2, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         positions = torch.cat((torch.zeros(1, embed_dim), sincos_positions(tokens, embed_dim)))
+        self.pos_embed: Tensor
         self.register_buffer("pos_embed", positions[None])  # (1, 1 + N, d), CLS slot zero
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qv_bias=qv_bias, norm_eps=norm_eps)
@@ -205,3 +206,23 @@ def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> No
             f"{name} {value} is not divisible by {divisor_name} {divisor}: "
             f"use {name} {nearest} or another {divisor_name}"
         )
+
+
+class Embedder(nn.Module):
+    """An encoder and a pooling: one embedding per clip, what inference and evaluation use.
+
+    Args:
+        encoder: the video teacher (or any :class:`VisionTransformer`).
+        pooling: "cls", or "mean" of the tokens without CLS.
+    """
+
+    def __init__(self, encoder: VisionTransformer, pooling: str = "cls") -> None:
+        super().__init__()
+        if pooling not in ("cls", "mean"):
+            raise ValueError(f"pooling {pooling!r} must be 'cls' or 'mean'")
+        self.encoder, self.pooling = encoder, pooling
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(B, 3, T, H, W) normalised -> (B, d)."""
+        tokens = self.encoder(clip)  # (B, 1 + N, d)
+        return tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import pickle
 import random
 import signal
 from collections.abc import Callable
@@ -17,60 +15,7 @@ from ignite.engine import Engine, Events
 
 from discovr_monai.distributed import gather_objects, rank
 from discovr_monai.training.trainer import DiscovrTrainer, unwrap
-from discovr_monai.weights import load_strict
-
-FORMAT = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what to do."""
-
-
-def save_atomic(write: Callable[[Path], None], path: Path) -> None:
-    """Writes through ``write(temporary path)``, flushes to disk, then renames to ``path``.
-
-    Raises:
-        OSError: when the disk is full or the folder cannot be written; ``path`` is as before
-            and no temporary file is left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint of ours without running pickled code.
-
-    Raises:
-        CheckpointError: missing, truncated, of another format, or holding pickled code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(
-            f"checkpoint {path.name} does not exist: train first, or check --ckpt"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {path.name} is damaged or holds pickled code, which is never run: "
-            "use last.pt or best.pt of a training, or convert it"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(
-            f"checkpoint {path.name} is damaged (cut short?): resume from best.pt or start anew"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path.name} is not a training checkpoint of discovr-monai")
-    return state
+from discovr_monai.weights import FORMAT, CheckpointError, load_strict, read_checkpoint, save_atomic
 
 
 def random_states() -> dict[str, Any]:

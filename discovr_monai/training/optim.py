@@ -18,7 +18,8 @@ def parameter_groups(network: nn.Module, weight_decay: float = 0.05) -> list[dic
     Biases, norms, CLS and mask tokens and the unit-norm prototypes are not decayed (paper,
     appendix A).
     """
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -65,3 +66,11 @@ class PrepareClip:
         mean = torch.tensor(self.mean, device=clip.device).view(3, 1, 1, 1)
         std = torch.tensor(self.std, device=clip.device).view(3, 1, 1, 1)
         return (clip.float() / 255 - mean) / std
+
+
+class PrepareForInference(PrepareClip):
+    """The same for MONAI's evaluators, which want (inputs, targets): the targets are None."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """((B, 3, T, H, W) float32, None)."""
+        return super().__call__(*args, **kwargs), None

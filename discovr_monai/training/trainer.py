@@ -59,6 +59,7 @@ class DiscovrTrainer(SupervisedTrainer):
     """
 
     network: nn.Module
+    loss_function: Objective
 
     def __init__(
         self,
@@ -109,6 +110,9 @@ class DiscovrTrainer(SupervisedTrainer):
         self.parameters = [p for g in optimizer.param_groups for p in g["params"]]
         self.skipped = self.skipped_in_a_row = 0
         self._teacher_logits: dict[str, list[Tensor]] = {}
+        if getattr(train_data_loader, "generator", ...) is None:
+            # a loader draws its workers' seed at every start, also at a resumed one
+            train_data_loader.generator = torch.Generator()  # type: ignore[attr-defined]
         if sampler is not None:
             self.add_event_handler(Events.EPOCH_STARTED, self._place_sampler)
 
@@ -180,7 +184,7 @@ class DiscovrTrainer(SupervisedTrainer):
         losses = self.loss_function(output, self._position()[0])
         return {name: float(value) for name, value in losses.items()}
 
-    def run(self) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """Trains to the last epoch; says so and returns where a resumed run is done already."""
         if self.state.epoch >= self.state.max_epochs:
             if not rank():
@@ -189,12 +193,12 @@ class DiscovrTrainer(SupervisedTrainer):
                     "starts anew, more --epochs go on"
                 )
             return self.state
-        return super().run()
+        return super().run(*args, **kwargs)
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         """Gradients cross ranks once per optimiser step."""
         if not last and hasattr(self.network, "no_sync"):
-            with self.network.no_sync():
+            with self.network.no_sync():  # type: ignore[operator]
                 loss.backward()
         else:
             loss.backward()
@@ -203,7 +207,8 @@ class DiscovrTrainer(SupervisedTrainer):
         for branch, collected in self._teacher_logits.items():
             logits = getattr(output, f"{branch}_teacher_logits")
             if logits is not None:
-                collected.append(logits.float().mean(0, keepdim=True))  # (1, K)
+                wide = torch.promote_types(logits.dtype, torch.float32)
+                collected.append(logits.to(wide).mean(0, keepdim=True))  # (1, K)
 
     def _set_lr(self, step: int) -> float:
         lr = self.lr(step)

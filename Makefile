@@ -1,0 +1,53 @@
+# make train   the demo: environment, package, demo data, DISCOVR pretraining
+# make test    the tests
+#
+# CPU build of PyTorch by default; for NVIDIA GPUs:  make train TORCH=cuda
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
+ifneq ($(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo yes),)
+PYTHON := python3.11
+endif
+TORCH ?= cpu
+VENV := .venv
+RUN := $(CURDIR)/$(VENV)/bin
+PIP := $(RUN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := -c constraints.txt
+
+# PyTorch publishes CPU builds for Linux on its own index only; PyPI's are for CUDA (several GB).
+ifeq ($(TORCH),cpu)
+ifeq ($(shell uname -s),Linux)
+TORCH_SOURCE := --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+endif
+endif
+TORCH_SOURCE ?= torch==2.13.0
+
+.PHONY: train test lint environment test-environment clean
+
+train: environment
+	cd bundles/discovr && $(RUN)/python -m monai.bundle run training --config_file configs/train.yaml $(ARGS)
+
+test: test-environment
+	$(RUN)/python -m pytest $(ARGS)
+
+lint: test-environment
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+environment: $(VENV)/.$(TORCH)
+test-environment: $(VENV)/.test
+
+# The package is installed in place (-e), so that its code and the bundle can be edited.
+$(VENV)/.$(TORCH): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH_SOURCE)
+	$(PIP) install --quiet $(CONSTRAINTS) --editable .
+	$(PIP) check
+	touch $@
+
+$(VENV)/.test: $(VENV)/.$(TORCH)
+	$(PIP) install --quiet $(CONSTRAINTS) --editable '.[dev,tensorboard]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)
