@@ -1,0 +1,53 @@
+"""A small phantom data set and a way to run the bundle's real commands."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BUNDLE = Path(__file__).parents[2] / "bundles" / "discovr"
+TINY = [
+    "--image_size", "32", "--num_frames", "4", "--embed_dim", "24", "--depth", "1",
+    "--num_heads", "3", "--decoder_dim", "24", "--decoder_depth", "1", "--head_outputs", "32",
+    "--head_hidden", "16", "--head_bottleneck", "8", "--num_prototypes", "16", "--epochs", "2",
+    "--batch_size", "4", "--warmup_epochs", "1", "--val_interval", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_home(tmp_path_factory):
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory):
+    from discovr_monai.data.phantom import write_phantom_dataset
+
+    folder = tmp_path_factory.mktemp("data") / "phantom"
+    write_phantom_dataset(folder, num_clips=24, num_frames=24, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    """A copy of the bundle, so that runs leave nothing in the repository."""
+    copy = tmp_path_factory.mktemp("bundles") / "discovr"
+    ignore = shutil.ignore_patterns("data", "output", "*.pt")
+    shutil.copytree(BUNDLE, copy, ignore=ignore)
+    return copy
+
+
+def run(bundle: Path, *arguments: str, launcher: list[str] | None = None, **options):
+    command = [*(launcher or [sys.executable]), "-m", "monai.bundle", *arguments]
+    return subprocess.run(
+        command, cwd=bundle, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def train(bundle: Path, *arguments: str, config: str = "configs/train.yaml", **options):
+    return run(bundle, "run", "training", "--config_file", config, *TINY, *arguments, **options)

@@ -1,0 +1,121 @@
+"""What the configs promise, without running them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from discovr_monai.configuration import check_command_line, resolve_precision
+from tests.bundle.conftest import BUNDLE, run
+
+CONFIGS = BUNDLE / "configs"
+
+
+def parse(*names: str) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in names])
+    parser["bundle_root"] = str(BUNDLE)
+    return parser
+
+
+def test_paper_is_the_paper_to_the_letter():
+    parser = parse("train.yaml", "paper.yaml")
+    expected = {
+        "image_size": 112, "num_frames": 64, "stride": 3, "patch_size": 16, "tubelet_size": 2,
+        "embed_dim": 768, "depth": 12, "num_heads": 12, "decoder_dim": 384, "decoder_depth": 4,
+        "decoder_heads": 6, "head_outputs": 16384, "head_hidden": 2048, "head_bottleneck": 256,
+        "head_norm": "none", "num_prototypes": 3000, "image_frame_step": 1, "num_views": 4,
+        "mask_ratio": 0.9, "centring": "centre", "student_temperature": 0.1,
+        "teacher_temperature": [0.04, 0.07], "teacher_temperature_epochs": 30,
+        "teacher_momentum": [0.996, 1.0], "centre_momentum": 0.9, "cluster_temperature": 0.1,
+        "sinkhorn_eps": 0.05, "sinkhorn_iterations": 10, "assignments": "soft", "epochs": 400,
+        "lr": 1.5e-4, "lr_batch": 256, "warmup_epochs": 40, "weight_decay": 0.05,
+        "betas": [0.9, 0.95], "crop_scales": [1, 0.875, 0.75, 0.66], "normal_only": True,
+        "weights": {"video": 1.0, "image": 1.0, "cluster": 1.0}, "gradient_clip": None,
+    }  # fmt: skip
+    assert {key: parser[key] for key in expected} == expected
+    assert 16 <= parser["batch_size"] <= 48
+
+
+@pytest.mark.parametrize(("overlay", "millions"), [("small.yaml", 22), ("paper.yaml", 86)])
+def test_encoders_have_the_size_of_their_name(overlay, millions):
+    video = parse("train.yaml", overlay).get_parsed_content("video_def")
+    count = sum(p.numel() for p in video.parameters()) / 1e6
+    assert millions * 0.97 < count < millions * 1.03
+    assert video.num_tokens == 1568
+
+
+def test_overlays_change_known_keys_only():
+    base = set(yaml.safe_load((CONFIGS / "train.yaml").read_text()))
+    for file in [*CONFIGS.glob("baselines/*.yaml"), *(CONFIGS / f"{n}.yaml" for n in
+                 ("small", "paper", "multi_gpu_train"))]:  # fmt: skip
+        assert set(yaml.safe_load(file.read_text())) <= base, file.name
+
+
+@pytest.mark.parametrize(("kind", "config"), [("train", "train.yaml"), ("infer", "inference.yaml")])
+def test_the_ids_that_monai_requires(kind, config, phantom, tmp_path, monkeypatch):
+    monkeypatch.chdir(BUNDLE)
+    workflow = ConfigWorkflow(
+        config_file=str(CONFIGS / config), meta_file=str(CONFIGS / "metadata.json"),
+        workflow_type=kind, bundle_root=str(BUNDLE), dataset_dir=str(phantom),
+        output_dir=str(tmp_path), section="test",
+    )  # fmt: skip
+    missing = workflow.check_properties() or []
+    assert not missing
+
+
+def test_network_and_metadata_agree(bundle):
+    done = run(
+        bundle, "verify_net_in_out", "--net_id", "network_def", "--meta_file",
+        "configs/metadata.json", "--config_file", "configs/inference.yaml",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "verified with no error" in done.stdout + done.stderr
+
+
+def test_metadata_has_what_the_model_zoo_asks():
+    meta = json.loads((CONFIGS / "metadata.json").read_text())
+    assert meta["version"] in meta["changelog"]
+    for key in ("schema", "monai_version", "pytorch_version", "numpy_version", "task", "name",
+                "required_packages_version", "authors", "copyright", "network_data_format",
+                "intended_use", "data_source"):  # fmt: skip
+        assert meta[key]
+    for file in ("LICENSE", "docs/README.md", "docs/data_license.txt", "configs/inference.yaml"):
+        assert (BUNDLE / file).is_file()
+
+
+def test_every_user_key_is_documented():
+    text = (CONFIGS / "train.yaml").read_text().split("# ====")[0]
+    keys = [k for k in yaml.safe_load(text) if k != "imports"]
+    page = (Path(BUNDLE).parents[1] / "docs" / "configs.md").read_text()
+    assert not [key for key in keys if f"`{key}`" not in page]
+
+
+def test_precision_words():
+    import torch
+
+    assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
+    assert resolve_precision("auto", torch.device("cpu")) in ("bf16", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rate", "1"], "no config knows this key"),
+        (["--num_frame", "1"], "Did you mean 'num_frames'"),
+        (["--train#dataset#seed", "1"], None),
+        (["--validate#dataloader#drop_last", "True"], None),
+        (["--tracking", "mlflow"], None),
+    ],
+)
+def test_keys_are_checked(words, message):
+    words = ["run", "training", "--config_file", str(CONFIGS / "train.yaml"), *words]
+    if message is None:
+        check_command_line(words)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_command_line(words)
