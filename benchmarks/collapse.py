@@ -35,7 +35,9 @@ VARIANTS = {
     "paper_head": ["--head_norm", "none"],
     "sinkhorn": ["--head_norm", "none", "--centring", "sinkhorn"],
     "batch_and_sinkhorn": ["--centring", "sinkhorn"],
-    "batch_and_centre": ["--centring", "centre"],
+    "batch_and_centre": ["--teacher_temperature", "[0.04, 0.07]"],
+    "sharp": ["--teacher_temperature", "[0.03, 0.03]"],
+    "sharp_sinkhorn": ["--centring", "sinkhorn", "--teacher_temperature", "[0.03, 0.03]"],
     "every_frame": ["--image_frame_step", "1"],
     "higher_lr": ["--lr", "1e-3"],
 }
@@ -54,7 +56,9 @@ def train(name: str, data: Path, out: Path, epochs: int) -> float:
         "--pictures_every", "0", *VARIANTS[name],
     ]  # fmt: skip
     start = time.perf_counter()
-    subprocess.run(command, cwd=BUNDLE, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        command, cwd=BUNDLE, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     return time.perf_counter() - start
 
 
@@ -107,7 +111,7 @@ def parse(data: Path, out: Path, name: str) -> ConfigParser:
     settings = VARIANTS[name]
     overrides = dict(zip(settings[::2], settings[1::2], strict=True))
     for key, value in overrides.items():
-        parser[key.removeprefix("--")] = json.loads(value) if value[0].isdigit() else value
+        parser[key.removeprefix("--")] = json.loads(value) if value[0] in "[0123456789" else value
     parser["dataset_dir"], parser["output_dir"] = str(data), str(out)
     parser["bundle_root"], parser["device"] = str(BUNDLE), "$torch.device('cpu')"
     return parser

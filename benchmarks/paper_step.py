@@ -45,7 +45,7 @@ def main() -> None:
             trainer.terminate()
 
         trainer.run()
-    output = {k: round(v, 3) for k, v in trainer.state.output.items()}
+    output = {k: round(v, 3) for k, v in trainer.state.output[0].items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{options.config}.yaml, batch_size {options.batch_size}, {trainer.precision}: {output}")
     print(f"one step: {clock[1] - clock[0]:.1f} s; peak memory of the process: {peak:.2f} GiB")

@@ -83,11 +83,25 @@ def draw_network(
     pair = np.concatenate((grey[..., None].repeat(3, -1), blend(grey, colours)), axis=2)
     save_animation(files[0], np.kron(pair, np.ones((1, 3, 3, 1), np.uint8)))
     if network.prototypes is not None and network.image_teacher is not None:
-        target = network._cluster_target(clip, _teacher_tokens(network, clip))
-        unit = torch.nn.functional.normalize(network.prototypes, dim=-1)
-        nearest = (torch.nn.functional.normalize(target, dim=-1) @ unit.T).argmax(-1)[0].cpu()
-        files.append(_prototype_figure(nearest, grey, grid, len(unit), folder, name))
+        nearest = cluster_map(network, clip)[0].cpu()
+        files.append(_prototype_figure(nearest, grey, grid, len(network.prototypes), folder, name))
     return files
+
+
+def cluster_map(network: Discovr, clip: Tensor) -> Tensor:
+    """Nearest prototype of each place's target token: (B, 3, T, H, W) -> (B, N) int64."""
+    assert network.prototypes is not None
+    target = network._cluster_target(clip, _teacher_tokens(network, clip))
+    unit = torch.nn.functional.normalize(network.prototypes, dim=-1)
+    return (torch.nn.functional.normalize(target, dim=-1) @ unit.T).argmax(-1)
+
+
+def palette(count: int) -> np.ndarray:
+    """(count, 3) colours, the same for the same count."""
+    from matplotlib import colormaps
+
+    order = np.random.default_rng(0).permutation(count)
+    return colormaps["gist_ncar"](order / count)[:, :3]
 
 
 def _teacher_tokens(network: Discovr, clip: Tensor) -> Tensor:
@@ -110,9 +124,8 @@ def _prototype_figure(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    palette = plt.get_cmap("gist_ncar")(np.random.default_rng(0).permutation(count) / count)
     frames, side = grey.shape[0], grey.shape[1]
-    maps = token_maps(palette[nearest.numpy()][:, :3], grid, frames, side)
+    maps = token_maps(palette(count)[nearest.numpy()], grid, frames, side)
     shown = [0, frames // 3, 2 * frames // 3]
     figure, axes = plt.subplots(2, 4, figsize=(12, 6), layout="constrained")
     for column, frame in enumerate(shown):

@@ -16,23 +16,23 @@ WIDTH, OUTPUTS, PROTOTYPES = 24, 20, 10
 
 
 def tiny_encoder(tubelet: int = 2, frames: int = 4, **options) -> VisionTransformer:
-    sizes = dict(image_size=16, patch_size=4, embed_dim=WIDTH, depth=2, num_heads=3)
+    sizes = {"image_size": 16, "patch_size": 4, "embed_dim": WIDTH, "depth": 2, "num_heads": 3}
     return VisionTransformer(num_frames=frames, tubelet_size=tubelet, **(sizes | options))
 
 
 def tiny_network(**options) -> Discovr:
     """4 frames of 16 x 16: 2 x 4 x 4 video tokens, 16 image tokens."""
     video = tiny_encoder()
-    parts = dict(
-        video=video,
-        video_head=ProjectionHead(WIDTH, OUTPUTS, 16, 8),
-        image=tiny_encoder(1, 1, qv_bias=False),
-        image_head=ProjectionHead(WIDTH, OUTPUTS, 16, 8),
-        decoder=Decoder(
+    parts = {
+        "video": video,
+        "video_head": ProjectionHead(WIDTH, OUTPUTS, 16, 8),
+        "image": tiny_encoder(1, 1, qv_bias=False),
+        "image_head": ProjectionHead(WIDTH, OUTPUTS, 16, 8),
+        "decoder": Decoder(
             in_dim=WIDTH, out_dim=WIDTH, grid=video.grid, embed_dim=12, depth=1, num_heads=2
         ),
-        num_prototypes=PROTOTYPES,
-    )
+        "num_prototypes": PROTOTYPES,
+    }
     return Discovr(**(parts | options))
 
 

@@ -52,7 +52,7 @@ def test_a_ratio_of_one_is_refused():
 
 def test_ranks_see_their_rows_of_the_global_batch():
     masking = TubeMasking(2, 0.5, seed=3)
-    sizes = dict(video_grid=(2, 3, 3), image_grid=(1, 3, 3), frames=4)
+    sizes = {"video_grid": (2, 3, 3), "image_grid": (1, 3, 3), "frames": 4}
     video, image = masking(7, slice(0, 6), 6, **sizes)
     parts = [masking(7, slice(i, i + 2), 6, **sizes) for i in (0, 2, 4)]
     assert torch.equal(torch.cat([p[0] for p in parts], 1), video)

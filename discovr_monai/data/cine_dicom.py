@@ -158,7 +158,7 @@ def _spacing(dataset: Any) -> tuple[float, float] | None:
 
 def _decoding_error(name: str, error: Exception) -> CineError:
     text = str(error)
-    if "missing" in text.lower() and "depend" in text.lower() or "plugin" in text.lower():
+    if ("missing" in text.lower() and "depend" in text.lower()) or "plugin" in text.lower():
         return CineError(name, "its compression needs a codec that is not installed", CODECS)
     return CineError(name, "its pixels cannot be decoded (damaged or cut short)", "Export it again")
 

@@ -94,6 +94,6 @@ def resize_square(frames: np.ndarray, size: int) -> np.ndarray:
         chunk = torch.from_numpy(frames[first : first + 32]).float()
         chunk = chunk[:, None] if chunk.dim() == 3 else chunk.permute(0, 3, 1, 2)
         chunk = F.interpolate(chunk, (size, size), mode="bilinear", antialias=True)
-        chunk = chunk.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-        out[first : first + 32] = chunk if frames.ndim == 4 else chunk[..., 0]
+        done = chunk.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        out[first : first + 32] = done if frames.ndim == 4 else done[..., 0]
     return out

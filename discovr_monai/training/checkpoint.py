@@ -189,7 +189,6 @@ class Checkpoints:
 
     def _exception(self, trainer: DiscovrTrainer, error: BaseException) -> None:
         self._release_signals(trainer)
-        raise error
 
 
 def _first_line(error: BaseException) -> str:

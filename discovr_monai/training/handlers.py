@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -27,6 +28,12 @@ def unique_run_name(prefix: str = "discovr") -> str:
     return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
 
 
+def figures(engine: Engine) -> dict[str, float]:
+    """The figures of the trainer's last iteration."""
+    output: Any = engine.state.output
+    return output[0]
+
+
 class EpochMeans:
     """Means of the losses over an epoch, into ``state.metrics`` at its end."""
 
@@ -41,8 +48,7 @@ class EpochMeans:
         self.counts: dict[str, int] = {}
 
     def _add(self, engine: Engine) -> None:
-        output = engine.state.output
-        assert isinstance(output, Mapping)
+        output = figures(engine)
         for name, value in output.items():
             if math.isfinite(value):
                 self.sums[name] = self.sums.get(name, 0.0) + value
@@ -134,7 +140,7 @@ class Progress:
     def _advance(self, engine: DiscovrTrainer) -> None:
         if self.bar is None:
             return
-        output = engine.state.output
+        output = figures(engine)
         shown = {"epoch": f"{engine.state.epoch}/{engine.state.max_epochs}"}
         for name in ("loss", *engine.loss_function.terms):
             shown[name] = f"{output[name]:.3f}"
@@ -153,7 +159,6 @@ class Progress:
 
     def _exception(self, engine: Engine, error: BaseException) -> None:
         self._close()
-        raise error
 
 
 class CollapseWatch:
@@ -176,11 +181,10 @@ class CollapseWatch:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
 
     def _look(self, engine: Engine) -> None:
-        figures, step = engine.state.output, engine.state.iteration
-        assert isinstance(figures, Mapping)
-        if step < self.warm_up or not any(k.endswith("_information") for k in figures):
+        found, step = figures(engine), engine.state.iteration
+        if step < self.warm_up or not any(k.endswith("_information") for k in found):
             return
-        words = collapse_report(figures, step, self.min_information)
+        words = collapse_report(found, step, self.min_information)
         self._in_a_row = self._in_a_row + 1 if words else 0
         if self._in_a_row == self.patience:
             for line in words:
@@ -206,6 +210,7 @@ class Tracking(MLFlowHandler):
         experiment_name: str = "discovr",
         every: int = 1,
     ) -> None:
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # not how it makes its tables
         super().__init__(
             tracking_uri=tracking_uri,
             experiment_name=experiment_name,
@@ -239,15 +244,13 @@ class Tracking(MLFlowHandler):
             self.client.set_tag(self.cur_run.info.run_id, name, value)
 
     def _count(self, engine: Engine) -> None:
-        assert isinstance(engine.state.output, Mapping)
-        self._clips += engine.state.output["clips"]
+        self._clips += figures(engine)["clips"]
 
     def _log_iteration(self, engine: Engine) -> None:
-        assert isinstance(engine.state.output, Mapping)
         now = time.perf_counter()
         rate = self._clips / max(now - self._clock, 1e-9)
         self._clock, self._clips = now, 0.0
-        metrics = {k: v for k, v in engine.state.output.items() if math.isfinite(v)}
+        metrics = {k: v for k, v in figures(engine).items() if math.isfinite(v)}
         self._log_metrics({**metrics, "clips_per_second": rate}, step=engine.state.iteration)
 
     def _default_epoch_log(self, engine: Engine) -> None:
@@ -259,7 +262,6 @@ class Tracking(MLFlowHandler):
             stopped = isinstance(error, (SystemExit, KeyboardInterrupt))
             self.run_finish_status = "KILLED" if stopped else "FAILED"
             self.close()
-        raise error
 
 
 class Pictures:

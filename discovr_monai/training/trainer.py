@@ -33,7 +33,7 @@ class DiscovrTrainer(SupervisedTrainer):
     """Trains :class:`Discovr` on an :class:`Objective`.
 
     Masks, augmentation and schedules depend on (seed, step) only, so a training resumes bit
-    for bit from the position alone. After each iteration ``state.output`` is a dict of floats:
+    for bit from the position alone. After each iteration ``state.output`` is a list of one dict of floats:
     "loss", each term, "lr", "momentum", "grad_norm", "clips", and every ``diagnose_every``
     steps the figures of :func:`diagnose`.
 
@@ -110,11 +110,19 @@ class DiscovrTrainer(SupervisedTrainer):
         self.parameters = [p for g in optimizer.param_groups for p in g["params"]]
         self.skipped = self.skipped_in_a_row = 0
         self._teacher_logits: dict[str, list[Tensor]] = {}
+        self._failure: BaseException | None = None
         if getattr(train_data_loader, "generator", ...) is None:
             # a loader draws its workers' seed at every start, also at a resumed one
             train_data_loader.generator = torch.Generator()  # type: ignore[attr-defined]
         if sampler is not None:
             self.add_event_handler(Events.EPOCH_STARTED, self._place_sampler)
+
+    def _handle_exception(self, e: BaseException) -> None:
+        """Every handler may clean up, then the error goes on (Ignite lets handlers eat it)."""
+        if self._failure is not e:
+            self._failure = e
+            self._fire_event(Events.EXCEPTION_RAISED, e)
+        raise e
 
     def _place_sampler(self) -> None:
         self.sampler.set_epoch(self.state.epoch - 1)
@@ -134,7 +142,7 @@ class DiscovrTrainer(SupervisedTrainer):
         )
         return epoch * self.steps_per_epoch + group, micro, size
 
-    def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, float]:
+    def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> Any:
         step, micro, group = self._position()
         clip = self.prepare_batch(batchdata, self.state.device, self.non_blocking)
         if micro == 0:
@@ -154,7 +162,7 @@ class DiscovrTrainer(SupervisedTrainer):
         result["skipped"] = self.skipped
         if self.diagnose_every and step % self.diagnose_every == 0 and micro == group - 1:
             result.update(diagnose(output, self.loss_function, step))
-        return result
+        return [result]  # a list, as MONAI's handlers expect of decollated output
 
     def _forward(
         self, network: nn.Module, clip: Tensor, step: int, first: int, total: int

@@ -62,7 +62,7 @@ def record(engine):
     from ignite.engine import Events
 
     engine.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda e: seen.append(dict(e.state.output))
+        Events.ITERATION_COMPLETED, lambda e: seen.append(dict(e.state.output[0]))
     )
     return seen
 
