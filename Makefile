@@ -15,7 +15,7 @@ CONSTRAINTS := -c constraints.txt
 # PyTorch publishes CPU builds for Linux on its own index only; PyPI's are for CUDA (several GB).
 ifeq ($(TORCH),cpu)
 ifeq ($(shell uname -s),Linux)
-TORCH_SOURCE := --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+TORCH_SOURCE := --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
 endif
 endif
 TORCH_SOURCE ?= torch==2.13.0

@@ -273,7 +273,11 @@ def _write_tables(root: Path, clips: list[dict[str, Any]], settings: dict[str, A
     """Write the three CSV files."""
     size, frames = settings["size"], settings["num_frames"]
     listing = [
-        (c["name"], round(c["ef"], 6), round(c["esv"], 6), round(c["edv"], 6), size, size, round(c["fps"]), frames, c["split"])
+        (
+            c["name"],
+            *(round(c[key], 6) for key in ("ef", "esv", "edv")),
+            *(size, size, round(c["fps"]), frames, c["split"]),
+        )
         for c in clips
     ]
     tracings = [
@@ -283,7 +287,10 @@ def _write_tables(root: Path, clips: list[dict[str, Any]], settings: dict[str, A
         for row in tracing
     ]
     truth = [
-        (c["name"], f"P{c['patient']:04d}", c["population"], c["kind"], c["label"], round(c["heart_rate"], 2), c["ed_frame"], c["es_frame"])
+        (
+            *(c["name"], f"P{c['patient']:04d}", c["population"], c["kind"], c["label"]),
+            *(round(c["heart_rate"], 2), c["ed_frame"], c["es_frame"]),
+        )
         for c in clips
     ]
     _write(root / "FileList.csv", _table(FILE_LIST, listing))

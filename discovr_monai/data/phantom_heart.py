@@ -8,7 +8,8 @@ deformation with one parameter, the activation ``a`` in 0 (end diastole) .. 1 (e
 * along the axis everything between the epicardial apex (fixed) and the mitral plane shrinks by
   ``stretch = 1 - eps_l * a`` and the atria are drawn out to fill the gap;
 * across the axis the endocardium at level ``Y`` goes to ``r = r0 * (1 - eps_r * w(Y) * a)`` and the
-  wall follows so that its volume of revolution is conserved: ``R^2 - r0^2 = (rho^2 - r^2) * stretch``.
+  wall follows so that its volume of revolution is conserved:
+  ``R^2 - r0^2 = (rho^2 - r^2) * stretch``.
 
 The inverse of this map gives each place in space its material point, which is what carries the
 scatterers in :mod:`discovr_monai.data.phantom_ultrasound`.

@@ -126,7 +126,7 @@ def anatomy(heart: Heart, cell: float) -> tuple[np.ndarray, np.ndarray]:
         wide = half * np.sqrt(np.maximum(1 - belly**2, 0))
         return (np.abs(x - middle) < wide) & (share > 0) & (share < 1)
 
-    base = float(heart.epi[heart.rows(np.float32(p.length))])
+    base = float(heart.epi[heart.rows(np.asarray(p.length, np.float32))])
     left = chamber(1.5 * scale, 1.02 * p.width, p.length, heart.roof)
     right_middle = -base - 0.5 * p.rv_width - 2 * scale
     right = chamber(right_middle, 0.68 * p.rv_width, 0.96 * p.length, heart.roof - 3 * scale)

@@ -117,7 +117,7 @@ class CineStore:
                     stat = item.stat()
                     if item.name.endswith(".tmp"):
                         if time.time() - stat.st_mtime > STALE_SECONDS:
-                            os.unlink(item.path)
+                            Path(item.path).unlink()
                     elif item.name.endswith(".npy"):
                         entries.append((stat.st_atime, stat.st_size, Path(item.path)))
             self._bytes = float(sum(size for _, size, _ in entries))

@@ -33,9 +33,9 @@ class DiscovrTrainer(SupervisedTrainer):
     """Trains :class:`Discovr` on an :class:`Objective`.
 
     Masks, augmentation and schedules depend on (seed, step) only, so a training resumes bit
-    for bit from the position alone. After each iteration ``state.output`` is a list of one dict of floats:
-    "loss", each term, "lr", "momentum", "grad_norm", "clips", and every ``diagnose_every``
-    steps the figures of :func:`diagnose`.
+    for bit from the position alone. After each iteration ``state.output`` is a list of one
+    dict of floats: "loss", each term, "lr", "momentum", "grad_norm", "clips", and every
+    ``diagnose_every`` steps the figures of :func:`diagnose`.
 
     Args:
         device, max_epochs, train_data_loader, network, optimizer, train_handlers: as in MONAI.
