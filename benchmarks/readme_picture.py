@@ -60,7 +60,9 @@ def main() -> None:
                 seconds = frame * parser["stride"] / row["fps"]
                 axis.set_title(f"{seconds:.2f} s", fontsize=10)
         axis_row[0].set_ylabel(name, fontsize=10)
-    figure.suptitle("A simulated apical four-chamber heart, seen by the demo training", fontsize=11)
+    figure.suptitle(
+        f"A simulated heart ({row['population']}), seen by the demo training", fontsize=11
+    )
     figure.savefig(options.out, dpi=100)
 
 

@@ -1,6 +1,6 @@
 """Draws docs/images/sector.png: a raw screen, the sector found, what the network sees.
 
-    python benchmarks/sector_picture.py
+python benchmarks/sector_picture.py
 """
 
 from __future__ import annotations

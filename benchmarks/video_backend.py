@@ -87,7 +87,9 @@ def main() -> None:
             for name, found in rates.items():
                 low, middle, high = np.percentile(found, [25, 50, 75])
                 ratio = float(np.median(base / np.array(found)))
-                print(f"  {name:14s} {middle:7.0f} frames/s [{low:.0f}, {high:.0f}]  ours is {ratio:.2f} x")
+                print(
+                    f"  {name:14s} {middle:7.0f} frames/s [{low:.0f}, {high:.0f}]  ours is {ratio:.2f} x"
+                )
 
 
 if __name__ == "__main__":

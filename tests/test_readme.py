@@ -75,7 +75,16 @@ def test_a_plain_install_builds(tmp_path):
     import sys
     import zipfile
 
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+    ]
     done = subprocess.run([*command, str(tmp_path), str(ROOT)], capture_output=True, text=True)
     if "setuptools" in done.stderr and done.returncode:
         pytest.fail(done.stderr)
@@ -85,7 +94,9 @@ def test_a_plain_install_builds(tmp_path):
     assert not any(n.startswith("tests/") for n in names)
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name
+)
 def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):

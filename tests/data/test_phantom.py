@@ -135,7 +135,9 @@ def test_texture_moves_with_the_tissue():
         a, b = chords(scanner, t), chords(scanner, u)
         for row in (14, 16, 18):
             for end in (slice(0, 2), slice(2, 4)):
-                outward = (a[row, end] - a[row, 2:][: 2]) if end.start == 0 else (a[row, end] - a[row, :2])
+                outward = (
+                    (a[row, end] - a[row, 2:][:2]) if end.start == 0 else (a[row, end] - a[row, :2])
+                )
                 outward = outward / np.hypot(*outward) * 5
                 p, q = a[row, end] + outward, b[row, end] + outward
                 moved.append(_alike(frames[t], p, frames[u], q))
@@ -166,13 +168,18 @@ def test_fetal_hearts_are_small_and_turned():
         for p in ("adult", "fetal")
     }
     assert angles["fetal"].std() > 4 * angles["adult"].std()
-    lengths = [build_scanner(s, population="fetal", num_frames=16).heart.parameters.length for s in range(10)]
+    lengths = [
+        build_scanner(s, population="fetal", num_frames=16).heart.parameters.length
+        for s in range(10)
+    ]
     assert max(lengths) < 45
 
 
 def test_the_layout_is_echonet_dynamics(dataset):
     files = list(csv.DictReader((dataset / "FileList.csv").open()))
-    assert list(files[0]) == "FileName,EF,ESV,EDV,FrameHeight,FrameWidth,FPS,NumberOfFrames,Split".split(",")
+    assert list(
+        files[0]
+    ) == "FileName,EF,ESV,EDV,FrameHeight,FrameWidth,FPS,NumberOfFrames,Split".split(",")
     assert len(files) == 6
     tracings = list(csv.DictReader((dataset / "VolumeTracings.csv").open()))
     assert list(tracings[0]) == "FileName,X1,Y1,X2,Y2,Frame".split(",")
@@ -185,7 +192,9 @@ def test_the_layout_is_echonet_dynamics(dataset):
         assert [sum(t["Frame"] == f for t in own) for f in frames] == [21, 21]
         volumes = []
         for frame in frames:
-            rows = [[float(t[k]) for k in ("X1", "Y1", "X2", "Y2")] for t in own if t["Frame"] == frame]
+            rows = [
+                [float(t[k]) for k in ("X1", "Y1", "X2", "Y2")] for t in own if t["Frame"] == frame
+            ]
             volumes.append(simpson(np.array(rows)))
         assert volumes[0] < volumes[1]  # ES first
         assert abs(100 * (1 - volumes[0] / volumes[1]) - float(row["EF"])) < 2
