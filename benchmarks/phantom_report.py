@@ -10,6 +10,7 @@ compression, where theory asks for a speckle SNR of 1.91.
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -32,7 +33,7 @@ def describe(name: str, frames: np.ndarray, sector: np.ndarray) -> np.ndarray:
     """Prints the figures of a cine; returns its values inside the sector."""
     values = frames[:, sector].astype(float)  # (T, P)
     low, median, high = np.percentile(values, [10, 50, 90])
-    pairs = [np.corrcoef(a, b)[0, 1] for a, b in zip(values, values[1:], strict=False)]
+    pairs = [np.corrcoef(a, b)[0, 1] for a, b in pairwise(values)]
     print(
         f"{name}: mean {values.mean():.0f}, sd {values.std():.0f}, quantiles 10/50/90 % "
         f"{low:.0f}/{median:.0f}/{high:.0f}; correlation of neighbouring frames "

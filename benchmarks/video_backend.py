@@ -88,7 +88,8 @@ def main() -> None:
                 low, middle, high = np.percentile(found, [25, 50, 75])
                 ratio = float(np.median(base / np.array(found)))
                 print(
-                    f"  {name:14s} {middle:7.0f} frames/s [{low:.0f}, {high:.0f}]  ours is {ratio:.2f} x"
+                    f"  {name:14s} {middle:7.0f} frames/s [{low:.0f}, {high:.0f}]"
+                    f"  ours is {ratio:.2f} x"
                 )
 
 

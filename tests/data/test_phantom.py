@@ -177,12 +177,20 @@ def test_fetal_hearts_are_small_and_turned():
 
 def test_the_layout_is_echonet_dynamics(dataset):
     files = list(csv.DictReader((dataset / "FileList.csv").open()))
-    assert list(
-        files[0]
-    ) == "FileName,EF,ESV,EDV,FrameHeight,FrameWidth,FPS,NumberOfFrames,Split".split(",")
+    assert list(files[0]) == [
+        "FileName",
+        "EF",
+        "ESV",
+        "EDV",
+        "FrameHeight",
+        "FrameWidth",
+        "FPS",
+        "NumberOfFrames",
+        "Split",
+    ]
     assert len(files) == 6
     tracings = list(csv.DictReader((dataset / "VolumeTracings.csv").open()))
-    assert list(tracings[0]) == "FileName,X1,Y1,X2,Y2,Frame".split(",")
+    assert list(tracings[0]) == ["FileName", "X1", "Y1", "X2", "Y2", "Frame"]
     for row in files:
         cine = read_cine(dataset / "Videos" / f"{row['FileName']}.avi")
         assert cine.frames.shape == (16, 48, 48)
