@@ -11,7 +11,7 @@ from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 
-from discovr_monai.distributed import all_reduce_max, rank, world_size
+from discovr_monai.distributed import all_reduce_max, all_reduce_mean, rank, world_size
 from discovr_monai.losses.objective import Objective
 from discovr_monai.masking import TubeMasking
 from discovr_monai.networks.discovr import Discovr
@@ -27,6 +27,11 @@ def unwrap(network: nn.Module) -> Discovr:
     inner = network.module if hasattr(network, "module") else network
     assert isinstance(inner, Discovr)
     return inner
+
+
+def _mean_over_ranks(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    values = all_reduce_mean(torch.stack([value.detach() for value in losses.values()]))
+    return dict(zip(losses, values.tolist(), strict=True))
 
 
 class DiscovrTrainer(SupervisedTrainer):
@@ -155,7 +160,7 @@ class DiscovrTrainer(SupervisedTrainer):
         losses = self.loss_function(output, step)
         self._backward(losses["loss"] / group, last=micro == group - 1)
         self._collect(output)
-        result = {name: float(value.detach()) for name, value in losses.items()}
+        result = _mean_over_ranks(losses)
         result.update(lr=lr, momentum=self.teacher_momentum(step), clips=len(clip) * world_size())
         if micro == group - 1:
             result["grad_norm"] = self._optimiser_step(step, result["loss"], batchdata)

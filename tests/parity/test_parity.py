@@ -81,3 +81,23 @@ def test_a_missing_or_misshapen_tensor_is_named():
     state["video_teacher.norm.weight"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"video_teacher.norm.weight is \(3,\), the network has"):
         build_from_released(state, num_heads=4, decoder_num_heads=3)
+
+
+@present
+def test_other_sizes_are_read_from_the_shapes():
+    """A hidden width that is no multiple, fewer prototypes, no q/v biases in the video branch."""
+    state = {
+        k: v
+        for k, v in released().items()
+        if not (k.startswith(("encoder.", "video_teacher.")) and k.endswith("_bias"))
+    }
+    for key, value in list(state.items()):
+        if ".mlp.fc1." in key:
+            state[key] = value[: len(value) - 7]
+        elif key.endswith("mlp.fc2.weight"):
+            state[key] = value[:, : value.shape[1] - 7]
+    state["prototypes"] = state["prototypes"][:11]
+    network = build_from_released(state, num_heads=4, decoder_num_heads=3)
+    assert network.prototypes.shape == (11, 48)
+    assert network.video_student.blocks[0].attn.q_bias is None
+    assert network.video_student.blocks[0].mlp.fc1.out_features == 185
