@@ -68,28 +68,3 @@ class SelfDistillation(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = self.teacher_probabilities(output, step)  # (B, K)
         return soft_cross_entropy(target, logits / self.student_temperature).mean()
-
-
-class Spread(nn.Module):
-    """KoLeo: minus the mean log distance of each CLS token to its nearest in the batch.
-
-    Pushes near-equal embeddings apart (DINOv2); only within this rank's batch.
-
-    Args:
-        branch: "video" or "image"; the first student view is used.
-    """
-
-    def __init__(self, branch: str = "video") -> None:
-        super().__init__()
-        if branch not in ("video", "image"):
-            raise ValueError(f"branch {branch!r} must be 'video' or 'image'")
-        self.branch = branch
-        self.needs = (f"{branch}_cls",)
-
-    def forward(self, output: DiscovrOutput, step: int = 0) -> Tensor:
-        """Scalar loss on the first student view's CLS tokens (B, d)."""
-        cls = nn.functional.normalize(getattr(output, f"{self.branch}_cls")[0].float(), dim=-1)
-        with torch.no_grad():
-            similarity = (cls @ cls.T).fill_diagonal_(-2)
-            nearest = similarity.argmax(1)
-        return -(torch.linalg.vector_norm(cls - cls[nearest], dim=-1) + 1e-4).log().mean()

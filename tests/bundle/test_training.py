@@ -124,7 +124,15 @@ def test_the_checkpoint_feeds_inference(trained, bundle, mixed, tmp_path):
 
 def test_a_datalist_and_the_clis_own_tracking(bundle, phantom, tmp_path):
     done = train(
-        bundle, "--dataset_dir", str(phantom), "--output_dir", str(tmp_path), "--tracking", "mlflow"
+        bundle,
+        "--dataset_dir",
+        str(phantom),
+        "--output_dir",
+        str(tmp_path),
+        "--tracking",
+        "mlflow",
+        "--tensorboard",
+        "True",
     )
     assert done.returncode == 0, done.stderr
     with sqlite3.connect(tmp_path / "mlruns.db") as store:
@@ -134,6 +142,7 @@ def test_a_datalist_and_the_clis_own_tracking(bundle, phantom, tmp_path):
             "select 1 from params where value like ?", (f"%{phantom}%",)
         ).fetchall()
     assert {"loss", "train_loss"} <= metrics
+    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_only_normal_hearts_are_trained_on_unless_asked(bundle, phantom, tmp_path):

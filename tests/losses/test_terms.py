@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from discovr_monai.losses.clustering import ClusterDistillation
-from discovr_monai.losses.distillation import SelfDistillation, Spread, soft_cross_entropy
+from discovr_monai.losses.distillation import SelfDistillation, soft_cross_entropy
 from discovr_monai.losses.objective import Objective
 from discovr_monai.losses.reconstruction import PixelReconstruction
 from discovr_monai.losses.sinkhorn import sinkhorn
@@ -117,14 +117,6 @@ def test_normalised_reconstruction_ignores_gain():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_spread_prefers_embeddings_apart():
-    near = torch.randn(1, 6, 8) * 0.01 + 1
-    far = torch.randn(1, 6, 8)
-    assert float(Spread()(DiscovrOutput(video_cls=far))) < float(
-        Spread()(DiscovrOutput(video_cls=near))
-    )
-
-
 def test_objective_weighs_and_skips():
     terms = {"video": SelfDistillation("video"), "image": SelfDistillation("image"),
              "cluster": ClusterDistillation()}  # fmt: skip
@@ -143,8 +135,14 @@ def test_objective_says_what_is_missing():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Objective({"a": Spread()}, {"b": 1}), "unknown terms \\['b'\\]; have \\['a'\\]"),
-        (lambda: Objective({"a": Spread()}, {"a": 0}), "no term of non-zero weight"),
+        (
+            lambda: Objective({"a": SelfDistillation("video")}, {"b": 1}),
+            "unknown terms \\['b'\\]; have \\['a'\\]",
+        ),
+        (
+            lambda: Objective({"a": SelfDistillation("video")}, {"a": 0}),
+            "no term of non-zero weight",
+        ),
         (lambda: SelfDistillation("audio"), "branch 'audio' must be"),
         (lambda: SelfDistillation("video", centring="mean"), "centring 'mean' must be"),
         (lambda: ClusterDistillation(assignments="firm"), "assignments 'firm' must be"),
