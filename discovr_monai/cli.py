@@ -20,6 +20,9 @@ def _parser() -> argparse.ArgumentParser:
     phantom.add_argument("--clips", type=int, default=300, help="how many (300)")
     phantom.add_argument("--frames", type=int, default=96, help="frames a clip (96)")
     phantom.add_argument("--seed", type=int, default=0, help="another seed, other hearts (0)")
+    phantom.add_argument("--population", help="adult, paediatric or fetal only (a mixture)")
+    phantom.add_argument("--gain", type=float, default=0.0, help="dB brighter (0)")
+    phantom.add_argument("--depth", type=float, default=1.0, help="factor on the depth (1)")
     phantom.add_argument("--workers", type=int, help="processes (all cores)")
     scan = commands.add_parser("scan", help="check a folder of cines and report what is unusable")
     scan.add_argument("folder", help="a folder of AVI, MP4, DICOM, NIfTI or MHD files")
@@ -49,6 +52,9 @@ def _phantom(arguments: argparse.Namespace) -> int:
         num_frames=arguments.frames,
         seed=arguments.seed,
         workers=arguments.workers,
+        population=arguments.population,
+        gain=arguments.gain,
+        depth=arguments.depth,
     )
     return 0
 

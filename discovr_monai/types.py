@@ -64,7 +64,8 @@ class DatalistRow(TypedDict, total=False):
     ``image`` is a path relative to the data root, ``patient`` any string that is equal for
     cines of one patient, ``id`` a salted name that may be logged, ``fps`` overrides the
     file's own, ``label`` is 0 normal or 1 abnormal, ``ef`` percent, ``edv`` and ``esv`` mL,
-    ``mask`` a relative path to a (T, H, W) label map.
+    ``mask`` a relative path to a (T, H, W) label map, ``spacing`` mm per pixel (row, column) of
+    the frames as they are in the file.
     """
 
     image: str
@@ -81,6 +82,7 @@ class DatalistRow(TypedDict, total=False):
     population: str
     kind: str
     mask: str
+    spacing: list[float]
 
 
 @dataclass(slots=True)

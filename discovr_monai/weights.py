@@ -72,6 +72,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def describe_encoders(network: Discovr, clip: Mapping[str, Any]) -> dict[str, Any]:
+    """What builds a network's encoders again, and how their clips are made."""
+    image = network.image_student
+    return {
+        "video": dict(network.video_student.settings),
+        "image": None if image is None else dict(image.settings),
+        "clip": dict(clip),
+    }
+
+
 _PARTS = {
     "encoder": "video_student",
     "video_teacher": "video_teacher",

@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from discovr_monai.data.phantom_heart import DISCS, Heart, draw_beat, draw_heart
+from discovr_monai.data.phantom_heart import DISCS, POPULATIONS, Heart, draw_beat, draw_heart
 from discovr_monai.data.phantom_ultrasound import Scanner, draw_probe
 
 VERSION = 1
@@ -76,6 +76,8 @@ def build_scanner(
     kind: str | None = None,
     patient: int = 0,
     clip: int = 0,
+    gain: float = 0.0,
+    depth: float = 1.0,
 ) -> Scanner:
     """Heart, timing and probe of one clip, ready to be drawn.
 
@@ -84,6 +86,7 @@ def build_scanner(
         num_frames, size: of the clip: frames (at least 16), pixels per side (at least 32).
         population, kind: fix these instead of drawing them.
         patient, clip: clips of one patient share the heart.
+        gain: dB added to what is drawn; depth: factor on what is drawn (another machine's habits).
 
     Returns:
         The scanner: ``cine()``, ``mask(frame)`` and ``material(frame)``.
@@ -92,10 +95,14 @@ def build_scanner(
         raise ValueError(
             f"num_frames={num_frames}, size={size}: a phantom needs at least 16 frames of 32 pixels"
         )
+    if not 0.5 <= depth <= 2:
+        raise ValueError(f"depth={depth}: the factor on the depth must lie in 0.5..2")
     heart = Heart(draw_heart(np.random.default_rng([seed, patient]), population, kind))
     rng = np.random.default_rng([seed, patient, clip + 1])
     beat = draw_beat(heart.parameters, num_frames, rng)
-    return Scanner(heart, draw_probe(heart, rng), beat, size)
+    probe = draw_probe(heart, rng)
+    probe = replace(probe, gain=probe.gain + gain, depth=probe.depth * depth)
+    return Scanner(heart, probe, beat, size)
 
 
 def chords(scanner: Scanner, frame: int) -> np.ndarray:
@@ -226,6 +233,7 @@ def _make_clip(job: tuple[str, dict[str, Any], _Plan]) -> dict[str, Any]:
         size=settings["size"],
         patient=plan.patient,
         clip=plan.clip,
+        **{key: settings[key] for key in ("population", "gain", "depth")},
     )
     video, mask = root / "Videos" / f"{plan.name}.avi", root / "Masks" / f"{plan.name}.npz"
     if not video.exists():
@@ -248,6 +256,7 @@ def _make_clip(job: tuple[str, dict[str, Any], _Plan]) -> dict[str, Any]:
         "population": p.population,
         "kind": p.kind,
         "label": p.label,
+        "spacing": scanner.pixel,
         "chords": (chords(scanner, beat.es_frame), chords(scanner, beat.ed_frame)),
     }
 
@@ -317,6 +326,7 @@ def _datalist(clips: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str
             **{key: round(c[key], 6) for key in ("ef", "edv", "esv")},
             **{key: c[key] for key in ("label", "ed_frame", "es_frame", "population", "kind")},
             "mask": f"Masks/{c['name']}.npz",
+            "spacing": [round(c["spacing"], 6)] * 2,
         }
         out[keys[c["split"]]].append(row)
     normal_only = settings["normal_only_pretraining"]
@@ -355,6 +365,9 @@ def write_phantom_dataset(
     size: int = 112,
     workers: int | None = None,
     normal_only_pretraining: bool = True,
+    population: str | None = None,
+    gain: float = 0.0,
+    depth: float = 1.0,
     progress: bool = True,
 ) -> Path:
     """Write a phantom data set in EchoNet-Dynamic's layout, with masks and a datalist.
@@ -369,6 +382,8 @@ def write_phantom_dataset(
         seed: everything follows from it.
         workers: processes; None for one per core, 0 or 1 for none beside this one.
         normal_only_pretraining: whether the list "pretraining" leaves abnormal hearts out.
+        population: "adult", "paediatric" or "fetal" only; None for a mixture.
+        gain, depth: as in :func:`build_scanner`, for a data set that differs from another.
         progress: whether to show a progress bar.
 
     Returns:
@@ -380,6 +395,8 @@ def write_phantom_dataset(
             f"num_clips={num_clips}, num_frames={num_frames}, size={size}: need at least 1 clip "
             "of 16 frames and an even size of at least 32"
         )
+    if population not in (None, *POPULATIONS):
+        raise ValueError(f"unknown population {population!r}; use one of {POPULATIONS}")
     settings = {
         "phantom": VERSION,
         "num_clips": num_clips,
@@ -387,6 +404,9 @@ def write_phantom_dataset(
         "seed": seed,
         "size": size,
         "normal_only_pretraining": normal_only_pretraining,
+        "population": population,
+        "gain": gain,
+        "depth": depth,
     }
     _claim(root, settings)
     if (root / "datalist.json").exists():

@@ -133,6 +133,18 @@ class VisionTransformer(nn.Module):
         self.grid = (num_frames // tubelet_size, side, side)
         self.clip_shape = (3, num_frames, image_size, image_size)
         self.patch_size, self.tubelet_size, self.embed_dim = patch_size, tubelet_size, embed_dim
+        self.settings = {  # what builds this encoder again; checkpoints carry it
+            "image_size": image_size,
+            "num_frames": num_frames,
+            "patch_size": patch_size,
+            "tubelet_size": tubelet_size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "qv_bias": qv_bias,
+            "norm_eps": norm_eps,
+        }
         tokens = self.grid[0] * side * side
         self.patch_embed = nn.Linear(3 * tubelet_size * patch_size**2, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ from ignite.engine import Engine, Events
 
 from discovr_monai.distributed import gather_objects, rank
 from discovr_monai.training.trainer import DiscovrTrainer, unwrap
-from discovr_monai.weights import FORMAT, CheckpointError, load_strict, read_checkpoint, save_atomic
+from discovr_monai.weights import (
+    FORMAT,
+    CheckpointError,
+    describe_encoders,
+    load_strict,
+    read_checkpoint,
+    save_atomic,
+)
 
 
 def random_states() -> dict[str, Any]:
@@ -47,12 +54,14 @@ class Checkpoints:
     """Ignite handler: saves last.pt and best.pt, resumes, and saves on Ctrl-C.
 
     Args:
-        output_dir: where ``models/`` goes... files are written straight into it.
+        output_dir: files are written straight into it.
         save_every: iterations between saves inside an epoch, 0 for epochs' ends only.
         monitor: (engine) -> a number; the lowest at an epoch's end makes best.pt. None: none.
         resume: "auto" continues last.pt if there is one, "never" starts anew, a path continues
             that file.
         hint: the command that continues an interrupted training, for the message.
+        clip: how clips are sampled and normalised; kept in the checkpoint beside the encoders'
+            shapes, so that evaluation needs nothing but the file.
     """
 
     def __init__(
@@ -63,7 +72,9 @@ class Checkpoints:
         monitor: Callable[[Engine], float] | None = None,
         resume: str = "auto",
         hint: str = "",
+        clip: Mapping[str, Any] | None = None,
     ) -> None:
+        self.clip = dict(clip or {})
         self.directory = Path(output_dir)
         self.save_every, self.monitor, self.resume, self.hint = save_every, monitor, resume, hint
         self.best = float("inf")
@@ -89,9 +100,11 @@ class Checkpoints:
 
     def state(self, trainer: DiscovrTrainer) -> dict[str, Any]:
         """Everything that the next step depends on."""
+        network = unwrap(trainer.network)
         return {
             "format": FORMAT,
-            "network": unwrap(trainer.network).state_dict(),
+            "about": describe_encoders(network, self.clip),
+            "network": network.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
             "iteration": trainer.state.iteration,
             "epoch_length": trainer.state.epoch_length,
