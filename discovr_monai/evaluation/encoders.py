@@ -20,7 +20,7 @@ from discovr_monai.training.optim import PrepareClip
 from discovr_monai.weights import CheckpointError, load_strict, read_checkpoint
 
 TRAINED = ("video_teacher", "video_student", "image_teacher", "image_student")
-SIMPLE = ("mean_frame", "temporal_std", "pixels")
+SIMPLE = ("mean_frame", "temporal_std", "pixel_pca")
 BRANCHES = (*TRAINED, *SIMPLE)
 THUMBNAIL = 32  # pixels per side of the simple features' pictures
 
@@ -73,7 +73,8 @@ class SimpleFeatures(nn.Module):
 
     * ``mean_frame``: the mean over time, 32 x 32 pixels; token: the same of its patch;
     * ``temporal_std``: the standard deviation over time, likewise;
-    * ``pixels``: 16 frames of 16 x 16 pixels (probes reduce them by PCA); token: its tubelet.
+    * ``pixel_pca``: 16 frames of 16 x 16 pixels, of which :class:`Features` keeps the first
+      principal components of the first section; token: the pixels of its tubelet.
 
     Args:
         kind: one of the above.
@@ -87,7 +88,7 @@ class SimpleFeatures(nn.Module):
         self.clip_shape = (3, like["num_frames"], like["image_size"], like["image_size"])
         self.tubelet_size = like["tubelet_size"]
         self.grid = (like["num_frames"] // self.tubelet_size, side, side)
-        frames = self.tubelet_size if kind == "pixels" else 1
+        frames = self.tubelet_size if kind == "pixel_pca" else 1
         self.token_dim = frames * self.patch**2
 
     def _picture(self, clip: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class SimpleFeatures(nn.Module):
     @torch.no_grad()
     def embed(self, clip: Tensor) -> dict[str, Tensor]:
         """(B, 3, T, H, W) -> "cls" and "mean", both the flattened picture."""
-        if self.kind == "pixels":
+        if self.kind == "pixel_pca":
             small = F.adaptive_avg_pool3d(clip.mean(1, keepdim=True), (16, 16, 16))
         else:
             small = F.interpolate(self._picture(clip), (THUMBNAIL, THUMBNAIL), mode="area")
@@ -110,7 +111,7 @@ class SimpleFeatures(nn.Module):
     def tokens(self, clip: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, t, h, w, token_dim)."""
         (t, h, w), p, u = self.grid, self.patch, self.tubelet_size
-        if self.kind == "pixels":
+        if self.kind == "pixel_pca":
             x = clip.mean(1).reshape(-1, t, u, h, p, w, p).permute(0, 1, 3, 5, 2, 4, 6)
         else:
             x = self._picture(clip).reshape(-1, 1, h, p, w, p).permute(0, 1, 2, 4, 3, 5)

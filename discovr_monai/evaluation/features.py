@@ -22,6 +22,7 @@ from discovr_monai.types import DatalistRow
 from discovr_monai.weights import save_atomic
 
 POOLINGS = ("cls", "mean", "both")
+COMPONENTS = 128  # of the pixels
 
 
 @dataclass
@@ -150,12 +151,13 @@ class Features:
     def __getitem__(self, section: str) -> Section:
         return self.load()[section]
 
-    def clips(self, num_clips: int | None = None) -> Compose:
+    def clips(self, num_clips: int | None = None, random: bool = False) -> Compose:
         """Row -> clips: (C, T, H, W), or (n, C, T, H, W) for n > 1; n is clips_per_cine if None."""
         clip = self.encoder.clip
         sample = SampleClipd(
             num_frames=self.encoder.num_frames,
             num_clips=self.clips_per_cine if num_clips is None else num_clips,
+            random=random,
             pad_mode=clip["pad_mode"],
             default_fps=clip["default_fps"],
             **self.sampling,
@@ -164,8 +166,11 @@ class Features:
 
     def _compute(self) -> None:
         arrays: dict[str, Any] = {"about": np.array(json.dumps(self.about, sort_keys=True))}
+        computed = {name: self._section(name, rows) for name, rows in self.rows.items()}
+        if self.encoder.branch == "pixel_pca":
+            _reduce(computed)
         for name, rows in self.rows.items():
-            found = self._section(name, rows)
+            found = computed[name]
             arrays[f"{name}/id"] = np.array([r["id"] for r in rows])
             arrays |= {f"{name}/{key}": value for key, value in found.items()}
 
@@ -220,6 +225,16 @@ class Features:
             )
             for name, rows in self.rows.items()
         }
+
+
+def _reduce(sections: dict[str, dict[str, np.ndarray]]) -> None:
+    """Principal components of the first section's pixels, in place."""
+    from sklearn.decomposition import PCA
+
+    first = next(iter(sections.values()))["cls"]
+    pca = PCA(min(COMPONENTS, *first.shape), svd_solver="full").fit(first)
+    for found in sections.values():
+        found["cls"] = found["mean"] = pca.transform(found["cls"]).astype(np.float32)
 
 
 def subset_by_patient(

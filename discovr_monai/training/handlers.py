@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,10 @@ from monai.handlers import MLFlowHandler
 from tqdm import tqdm
 
 from discovr_monai.distributed import rank
+from discovr_monai.tracking import versions
 from discovr_monai.training.diagnostics import collapse_report
 from discovr_monai.training.trainer import DiscovrTrainer
 from discovr_monai.weights import save_atomic
-
-
-def unique_run_name(prefix: str = "discovr") -> str:
-    """A run name that no other run has: MLflow would otherwise join unfinished runs."""
-    return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
 
 
 def figures(engine: Engine) -> dict[str, float]:
@@ -338,20 +333,3 @@ class SaveEmbeddings:
 
         save_atomic(write, self.path)
         print(f"{len(ids)} embeddings of {len(embeddings[0])} numbers in {self.path.name}")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what matters, and the git commit where there is one."""
-    import subprocess
-    from importlib.metadata import version
-
-    found = {p: version(p) for p in ("discovr-monai", "torch", "monai", "pytorch-ignite", "numpy")}
-    try:
-        here = Path(__file__).parent
-        run = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        found["git_commit"] = run.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        found["git_commit"] = "unknown"
-    return found

@@ -1,0 +1,92 @@
+"""Anomaly detection: how far a heart is from the normal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from discovr_monai.evaluation.features import Features
+from discovr_monai.evaluation.knn import unit
+from discovr_monai.evaluation.labels import class_labels
+from discovr_monai.evaluation.plots import draw_map, draw_roc
+from discovr_monai.evaluation.results import Results
+from discovr_monai.evaluation.statistics import auroc, average_precision, best_threshold, f1
+
+
+def anomaly_scores(bank: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+    """(Q,) mean cosine distance, 0..2, of each query (Q, D) to its k nearest of the bank (M, D).
+
+    Raises:
+        ValueError: if the bank holds fewer than k.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(
+            f"k {k} needs 1 to {len(bank)} normal cines, the bank's size: lower k or enlarge it"
+        )
+    distance = 1 - unit(queries) @ unit(bank).T  # (Q, M)
+    return np.sort(distance, axis=1)[:, :k].mean(1)
+
+
+class Anomaly:
+    """Nearest-neighbour anomaly detection on frozen features.
+
+    The bank holds the normal cines (class 0) of the training section only; the threshold with the
+    best F1 on the validation section is used on the test sections.
+
+    Args:
+        features, results: as in :class:`KNN`.
+        classes: class 0 is normal, all others are abnormal.
+        label_key: row key of the class.
+        train, validation, test: sections.
+        k: neighbours.
+        pooling: "cls", "mean" or "both".
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        results: Results,
+        *,
+        classes: Sequence[str],
+        label_key: str = "label",
+        train: str = "training",
+        validation: str = "validation",
+        test: Sequence[str] = ("test",),
+        k: int = 5,
+        pooling: str = "mean",
+    ) -> None:
+        self.features, self.results, self.classes = features, results, list(classes)
+        self.label_key, self.train, self.validation = label_key, train, validation
+        self.test, self.k, self.pooling = list(test), k, pooling
+
+    def run(self) -> dict:
+        """Evaluates, writes, returns the results."""
+        rows = self.features.rows
+        labels = {
+            name: class_labels(rows[name], self.label_key, self.classes, name)
+            for name in (self.train, self.validation, *self.test)
+        }
+        x = {name: self.features[name].pooled(self.pooling) for name in labels}
+        bank = x[self.train][labels[self.train] == 0]
+        tuning = anomaly_scores(bank, x[self.validation], self.k)
+        threshold = best_threshold(labels[self.validation] > 0, tuning)
+        self.results.facts["threshold"] = float(f"{threshold:.6g}")
+        for section in self.test:
+            truth, scores = labels[section] > 0, anomaly_scores(bank, x[section], self.k)
+            method = f"{self.k} nearest"
+            self.results.add(
+                section,
+                method,
+                rows[section],
+                lambda w, t=truth, s=scores: {  # type: ignore[misc]
+                    "auroc": auroc(t, s, w),
+                    "aupr": average_precision(t, s, w),
+                    "f1": f1(t, s >= threshold, w),
+                },
+            )
+            self.results.predict(section, method, rows[section], truth=truth, score=scores)
+            picture = self.results.picture
+            draw_roc(picture(f"{section}_roc.png"), truth[:, None], scores[:, None], ["abnormal"])
+            draw_map(picture(f"{section}_map.png"), x[section], scores, None, "anomaly score")
+        return self.results.finish()

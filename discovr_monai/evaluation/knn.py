@@ -1,0 +1,126 @@
+"""Zero-shot classification: a weighted vote of the nearest labelled cines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from discovr_monai.evaluation.features import Features
+from discovr_monai.evaluation.labels import class_labels
+from discovr_monai.evaluation.plots import draw_confusion, draw_map, draw_roc
+from discovr_monai.evaluation.results import Results
+from discovr_monai.evaluation.statistics import classification_metrics, confusion
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows of length 1, in float64."""
+    x = np.asarray(x, np.float64)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def knn_scores(
+    bank: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    temperature: float,
+    classes: int,
+) -> np.ndarray:
+    """Share of each class in the vote of the k nearest, weighted by exp(cosine / temperature).
+
+    Wu et al. 2018, as DINO and the public DISCOVR code use it.
+
+    Args:
+        bank: (M, D); labels: (M,) int; queries: (Q, D).
+
+    Returns:
+        (Q, C), rows sum to 1.
+
+    Raises:
+        ValueError: if the bank holds fewer than k.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(
+            f"k {k} needs 1 to {len(bank)} labelled cines, the bank's size: lower k or enlarge it"
+        )
+    cosine = unit(queries) @ unit(bank).T  # (Q, M)
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
+    near = np.take_along_axis(cosine, nearest, axis=1)
+    weight = np.exp((near - near[:, :1]) / temperature)  # the constant factor cancels
+    votes = np.zeros((len(queries), classes))
+    np.add.at(votes, (np.arange(len(queries))[:, None], labels[nearest]), weight)
+    return votes / votes.sum(1, keepdims=True)
+
+
+class KNN:
+    """kNN on frozen features, for each k.
+
+    Args:
+        features: of all sections.
+        results: collects the figures.
+        classes: names of the classes.
+        label_key: row key of the class.
+        bank: section that votes: the training section, or validation as the public code has it.
+        test: sections that are classified.
+        k: neighbours, several.
+        temperature: of the vote.
+        pooling: "cls", "mean" or "both".
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        results: Results,
+        *,
+        classes: Sequence[str],
+        label_key: str = "label",
+        bank: str = "training",
+        test: Sequence[str] = ("test",),
+        k: Sequence[int] = (1, 5, 10, 20),
+        temperature: float = 0.07,
+        pooling: str = "mean",
+    ) -> None:
+        if temperature <= 0:
+            raise ValueError(f"temperature {temperature} must be above 0")
+        self.features, self.results = features, results
+        self.classes, self.label_key = list(classes), label_key
+        self.bank, self.test = bank, list(test)
+        self.k, self.temperature, self.pooling = list(k), temperature, pooling
+
+    def run(self) -> dict:
+        """Evaluates, writes, returns the results."""
+        rows = self.features.rows
+        labels = {
+            name: class_labels(rows[name], self.label_key, self.classes, name)
+            for name in (self.bank, *self.test)
+        }
+        bank = self.features[self.bank].pooled(self.pooling)
+        for section in self.test:
+            queries, truth = self.features[section].pooled(self.pooling), labels[section]
+            for k in self.k:
+                scores = knn_scores(
+                    bank, labels[self.bank], queries, k, self.temperature, len(self.classes)
+                )
+                self._report(section, f"k={k}", scores, truth)
+            draw_map(
+                self.results.picture(f"{section}_map.png"), queries, truth, self.classes, section
+            )
+        return self.results.finish()
+
+    def _report(self, section: str, method: str, scores: np.ndarray, truth: np.ndarray) -> None:
+        rows = self.features.rows[section]
+        self.results.add(
+            section, method, rows, lambda w: classification_metrics(truth, scores, w)
+        )
+        self.results.predict(section, method, rows, truth=truth, score=scores)
+        if method == f"k={self.k[-1]}":
+            table = confusion(truth, scores.argmax(1), np.ones(len(truth)), len(self.classes))
+            draw_confusion(
+                self.results.picture(f"{section}_confusion.png"),
+                table,
+                self.classes,
+                f"{section}, {method}",
+            )
+            hot = truth[:, None] == np.arange(len(self.classes))
+            draw_roc(self.results.picture(f"{section}_roc.png"), hot, scores, self.classes)

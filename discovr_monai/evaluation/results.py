@@ -1,0 +1,199 @@
+"""Where an evaluation's figures go: one JSON, one CSV, predictions, pictures, MLflow."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from discovr_monai.evaluation.features import patients_of
+from discovr_monai.evaluation.statistics import Estimate, Metrics, estimate
+from discovr_monai.tracking import log_run, unique_run_name
+from discovr_monai.types import DatalistRow
+from discovr_monai.weights import save_atomic
+
+
+class Results:
+    """Collects the figures of one evaluation and writes them when it is finished.
+
+    ``results.json`` and ``results.csv`` hold each metric with its 95 % interval over patients,
+    ``predictions.csv`` each cine's, by salted id. The same checkpoint and data give the same
+    bytes.
+
+    Args:
+        task: "knn", "lvef", ...
+        output_dir: for all files.
+        settings: what was evaluated and how; goes into the JSON and MLflow. No paths.
+        draws, seed: of the bootstrap.
+        tracking_uri: MLflow's store, None for none.
+        experiment_name: MLflow's experiment.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        output_dir: str | Path,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        draws: int = 1000,
+        seed: int = 0,
+        tracking_uri: str | None = None,
+        experiment_name: str = "discovr-evaluation",
+    ) -> None:
+        if draws < 1:
+            raise ValueError(f"bootstrap_draws {draws} must be at least 1")
+        self.task, self.folder = task, Path(output_dir)
+        self.settings = dict(settings or {})
+        self.draws, self.seed = draws, seed
+        self.tracking_uri, self.experiment_name = tracking_uri, experiment_name
+        self.figures: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}
+        self.pictures: list[Path] = []
+        self._predictions: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        section: str,
+        method: str,
+        rows: Sequence[DatalistRow],
+        metrics: Metrics,
+        *,
+        label_fraction: float = 1.0,
+    ) -> dict[str, Estimate]:
+        """Computes metrics with intervals over the rows' patients and keeps them.
+
+        Args:
+            section: of the datalist ("test").
+            method: what made the predictions ("k=10", "ridge", "training median").
+            rows: whose samples they are, in the metrics' order.
+            metrics: weights (..., M) -> {name: (...)}.
+            label_fraction: share of the training labels used.
+        """
+        patients = patients_of(rows)
+        found = estimate(metrics, patients, self.draws, self.seed)
+        for name, figure in found.items():
+            self.figures.append(
+                {
+                    "section": section,
+                    "method": method,
+                    "label_fraction": label_fraction,
+                    "metric": name,
+                    **{k: _rounded(v) for k, v in figure._asdict().items()},
+                    "samples": len(rows),
+                    "patients": len(set(patients)),
+                }
+            )
+        return found
+
+    def predict(
+        self,
+        section: str,
+        method: str,
+        rows: Sequence[DatalistRow],
+        label_fraction: float = 1.0,
+        **columns: np.ndarray,
+    ) -> None:
+        """Keeps each row's prediction; columns are (M,) or (M, n)."""
+        wide: dict[str, np.ndarray] = {}
+        for name, values in columns.items():
+            values = np.asarray(values)
+            if values.ndim == 1:
+                wide[name] = values
+            else:
+                wide |= {f"{name}_{i}": values[:, i] for i in range(values.shape[1])}
+        for i, row in enumerate(rows):
+            self._predictions.append(
+                {
+                    "section": section,
+                    "method": method,
+                    "label_fraction": label_fraction,
+                    "id": row["id"],
+                    **{k: _rounded(v[i].item()) for k, v in wide.items()},
+                }
+            )
+
+    def picture(self, name: str) -> Path:
+        """A file for a picture, which also goes to MLflow."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.pictures.append(self.folder / name)
+        return self.pictures[-1]
+
+    def content(self) -> dict[str, Any]:
+        """What results.json holds."""
+        return {
+            "task": self.task,
+            "settings": self.settings,
+            "bootstrap": {"draws": self.draws, "seed": self.seed, "over": "patients"},
+            **self.facts,
+            "results": self.figures,
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """Writes everything, prints a table, returns :meth:`content`."""
+        content = self.content()
+        text = json.dumps(content, indent=1) + "\n"
+        save_atomic(lambda t: t.write_text(text), self.folder / "results.json")
+        for name, rows in (("results.csv", self.figures), ("predictions.csv", self._predictions)):
+            table = _csv(rows)
+            save_atomic(lambda t, table=table: t.write_text(table), self.folder / name)  # type: ignore[misc]
+        print(self.table())
+        print(f"Written: {self.folder.name}/results.json, results.csv, predictions.csv", flush=True)
+        if self.tracking_uri:
+            log_run(
+                self.tracking_uri,
+                experiment=self.experiment_name,
+                run_name=unique_run_name(self.task),
+                parameters={"task": self.task, **self.settings},
+                metrics=self._flat(),
+                artifacts=[self.folder / n for n in ("results.json", "results.csv")] + self.pictures,
+            )
+        return content
+
+    def _flat(self) -> dict[str, float]:
+        flat = {}
+        for f in self.figures:
+            share = "" if f["label_fraction"] == 1 else f" {100 * f['label_fraction']:g} percent"
+            name = f"{f['section']}/{f['method']}{share}/{f['metric']}".replace("=", " ")
+            for suffix, key in (("", "value"), (" low", "low"), (" high", "high")):
+                if f[key] is not None:
+                    flat[name + suffix] = f[key]
+        return flat
+
+    def table(self) -> str:
+        """The figures as text, a line for each section, method and share of labels."""
+        groups: dict[tuple, list[str]] = {}
+        for f in self.figures:
+            key = (f["section"], f["method"], f["label_fraction"])
+            shown = f"{f['metric']} {_short(f['value'])} [{_short(f['low'])}, {_short(f['high'])}]"
+            groups.setdefault(key, []).append(shown)
+        lines = [f"{self.task}, with 95 % bootstrap intervals over patients"]
+        for (section, method, share), shown in groups.items():
+            labels = "" if share == 1 else f", {100 * share:g} % of the labels"
+            lines.append(f"  {section}, {method}{labels}: {'; '.join(shown)}")
+        return "\n".join(lines)
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits; what is not finite becomes None (JSON has no NaN)."""
+    if isinstance(value, bool) or not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _short(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3g}"
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
+    return text.getvalue()
