@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +40,8 @@ class Cine:
         spacing: (row, column) pixel spacing in mm, or None where the file does not tell.
         region: rows and columns of the one 2-D tissue region that a DICOM file names.
         from_dicom: whether it was read from DICOM.
+        window: (H, W, top, left, height, width): the size of the file's frames and the part of
+            them that was kept, before padding to a square and resizing.
         raw_screen: whether it may show a scanner's whole screen: DICOM always, other files when
             larger than 256 pixels on a side or not square (pre-cropped sets are small squares).
     """
@@ -50,12 +52,27 @@ class Cine:
     spacing: tuple[float, float] | None = None
     region: tuple[slice, slice] | None = None
     from_dicom: bool = False
+    window: tuple[int, int, int, int, int, int] | None = None
 
     @property
     def raw_screen(self) -> bool:
         """See above."""
         height, width = self.frames.shape[1:3]
         return self.from_dicom or max(height, width) > 256 or height != width
+
+
+class PreparedCine(NamedTuple):
+    """What the network is fed from.
+
+    Attributes:
+        frames: (T, H, W[, 3]) uint8, memory-mapped when it comes from the store.
+        fps, fps_source, window: as in :class:`Cine`.
+    """
+
+    frames: np.ndarray
+    fps: float | None
+    fps_source: str
+    window: tuple[int, int, int, int, int, int]
 
 
 class DatalistRow(TypedDict, total=False):

@@ -256,7 +256,7 @@ def _load_index(index: Path) -> dict[str, Any]:
 def check_file(name: str, loader: LoadCined, salt: bytes) -> dict[str, Any]:
     """{"row": ...} for a usable cine, {"bad": (kind, problem, remedy)} for another file."""
     try:
-        frames, fps, _source = loader.load(name)
+        frames, fps, *_ = loader.load(name)
     except CineError as error:
         return {"bad": (error.kind, error.problem, error.remedy)}
     except MemoryError:

@@ -52,24 +52,25 @@ def _hull(mask: np.ndarray) -> np.ndarray:
     return inside
 
 
-def isolate_sector(cine: Cine) -> np.ndarray:
+def isolate_sector(cine: Cine) -> tuple[np.ndarray, tuple[int, int]]:
     """Blanks everything outside the sector and crops to it.
 
     Args:
         cine: grey, (T, H, W).
 
     Returns:
-        (T, h, w) uint8, the sector's bounding box.
+        (T, h, w) uint8, the sector's bounding box, and its first row and column.
     """
-    frames = cine.frames
+    frames, top, left = cine.frames, 0, 0
     if cine.region is not None:
         frames = frames[:, *cine.region]
+        top, left = (part.start or 0 for part in cine.region)
     grey = frames if frames.ndim == 3 else frames[..., 1]
     mask = sector_mask(grey)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     inside = mask[box] if frames.ndim == 3 else mask[box][..., None]
-    return frames[:, *box] * inside
+    return frames[:, *box] * inside, (top + int(rows[0]), left + int(columns[0]))
 
 
 def resize_square(frames: np.ndarray, size: int) -> np.ndarray:

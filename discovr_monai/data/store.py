@@ -14,10 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from discovr_monai.types import Cine
+from discovr_monai.types import Cine, PreparedCine
 
-VERSION = 1
+VERSION = 2
 STALE_SECONDS = 3600  # temporary files older than this were left by a crash
+
+
+def prepared(cine: Cine) -> PreparedCine:
+    """What the store keeps of a cine."""
+    window = cine.window or (*cine.frames.shape[1:3], 0, 0, *cine.frames.shape[1:3])
+    return PreparedCine(cine.frames, cine.fps, cine.fps_source, window)
 
 
 class CineStore:
@@ -42,8 +48,8 @@ class CineStore:
 
     def get(
         self, path: Path, name: str, preparation: str, make: Callable[[], Cine]
-    ) -> tuple[np.ndarray, float | None, str]:
-        """Frames (memory-mapped when cached), fps and its source.
+    ) -> PreparedCine:
+        """A prepared cine; its frames are memory-mapped when cached.
 
         Args:
             path: the source file.
@@ -53,37 +59,37 @@ class CineStore:
         """
         stat = path.stat() if path.exists() else None
         if stat is None:
-            cine = make()  # raises the clear error
-            return cine.frames, cine.fps, cine.fps_source
+            return prepared(make())  # raises the clear error
         key = f"{VERSION}|{name}|{stat.st_size}|{stat.st_mtime_ns}|{preparation}"
         entry = self.directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
         found = self._read(entry)
         if found is not None:
             return found
-        cine = make()
+        cine = prepared(make())
         self._write(entry, cine)
-        return cine.frames, cine.fps, cine.fps_source
+        return cine
 
-    def _read(self, entry: Path) -> tuple[np.ndarray, float | None, str] | None:
+    def _read(self, entry: Path) -> PreparedCine | None:
         try:
             frames = np.load(entry, mmap_mode="r", allow_pickle=False)
             about = json.loads(entry.with_suffix(".json").read_text())
             now = time.time()
             if now - entry.stat().st_atime > 60:  # marks its use, also where atime is off
                 os.utime(entry, (now, entry.stat().st_mtime))
-            return frames, about["fps"], about["fps_source"]
+            return PreparedCine(frames, about["fps"], about["fps_source"], tuple(about["window"]))
         except FileNotFoundError:
             return None
         except (ValueError, OSError, KeyError):  # cut short by a crash of the machine
             return None
 
-    def _write(self, entry: Path, cine: Cine) -> None:
+    def _write(self, entry: Path, cine: PreparedCine) -> None:
         if self._full:
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._make_room(cine.frames.nbytes)
-            about = json.dumps({"fps": cine.fps, "fps_source": cine.fps_source})
+            known = {"fps": cine.fps, "fps_source": cine.fps_source, "window": cine.window}
+            about = json.dumps(known)
             self._put(entry.with_suffix(".json"), lambda file: file.write(about.encode()))
             self._put(entry, lambda file: np.save(file, cine.frames, allow_pickle=False))
         except OSError as error:

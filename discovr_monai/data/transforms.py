@@ -15,8 +15,8 @@ from monai.transforms import MapTransform, RandomizableTransform
 
 from discovr_monai.data.cine import read_cine
 from discovr_monai.data.sector import isolate_sector, resize_square
-from discovr_monai.data.store import CineStore
-from discovr_monai.types import Cine, CineError
+from discovr_monai.data.store import CineStore, prepared
+from discovr_monai.types import Cine, CineError, PreparedCine
 
 PAD_MODES = ("loop", "reflect", "repeat", "zero", "refuse")
 
@@ -30,19 +30,21 @@ def prepare_cine(cine: Cine, size: int | None, sector: bool | str) -> Cine:
         sector: True, False, or "auto": for what may show a scanner's screen
             (:attr:`Cine.raw_screen`).
     """
-    frames = cine.frames
+    frames, corner = cine.frames, (0, 0)
     if cine.raw_screen if sector == "auto" else sector:
-        frames = isolate_sector(cine)
+        frames, corner = isolate_sector(cine)
+    window = (*cine.frames.shape[1:3], *corner, *frames.shape[1:3])
     if size is not None:
         frames = resize_square(frames, size)
-    return replace(cine, frames=frames, region=None, spacing=None)
+    return replace(cine, frames=frames, region=None, spacing=None, window=window)
 
 
 class LoadCined(MapTransform):
     """Reads cines, isolates the sector, resizes, through a store if one is given.
 
     Row[key] is a path; it becomes (C, T, H, W) uint8, C = 1 (luma) or 3, lazily
-    memory-mapped when it comes from the store. Adds "fps" (the row's own wins) and "fps_source".
+    memory-mapped when it comes from the store. Adds "fps" (the row's own wins), "fps_source" and
+    "window" (see :class:`Cine`).
 
     Args:
         keys: "image".
@@ -71,8 +73,8 @@ class LoadCined(MapTransform):
         self.root = Path(root) if root is not None else Path()
         self.store, self.size, self.sector, self.color = store, size, sector, color
 
-    def load(self, name: str) -> tuple[np.ndarray, float | None, str]:
-        """Frames (T, H, W[, 3]) uint8, fps, fps source of one file."""
+    def load(self, name: str) -> PreparedCine:
+        """One file, prepared."""
         path = self.root / name
 
         def make() -> Cine:
@@ -80,8 +82,7 @@ class LoadCined(MapTransform):
             return prepare_cine(cine, self.size, self.sector)
 
         if self.store is None:
-            cine = make()
-            return cine.frames, cine.fps, cine.fps_source
+            return prepared(make())
         preparation = f"{self.size}|{self.sector}|{self.color}"
         return self.store.get(path, name, preparation, make)
 
@@ -89,7 +90,7 @@ class LoadCined(MapTransform):
         """See the class."""
         row = dict(data)
         for key in self.key_iterator(row):
-            frames, fps, source = self.load(str(row[key]))
+            frames, fps, source, row["window"] = self.load(str(row[key]))
             own = row.get("fps")
             row["name"] = str(row[key])
             row["fps"], row["fps_source"] = (own, "datalist") if own else (fps, source)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -73,15 +74,13 @@ def check_splits(sections: Mapping[str, Sequence[DatalistRow]]) -> None:
         seen[name] = (patients, cines)
 
 
-def data_fingerprint(root: Path, sections: Mapping[str, Sequence[DatalistRow]]) -> str:
+def data_fingerprint(root: Path, rows: Sequence[DatalistRow]) -> str:
     """16 digits that change with the cines: their order, names, sizes and given frame rates."""
     digest = hashlib.sha256()
-    for name, rows in sections.items():
-        digest.update(f"[{name}]".encode())
-        for row in rows:
-            path = root / row["image"]
-            size = path.stat().st_size if path.is_file() else 0
-            digest.update(f"{row['image']}|{size}|{row.get('fps')}\n".encode())
+    for row in rows:
+        path = root / row["image"]
+        size = path.stat().st_size if path.is_file() else 0
+        digest.update(f"{row['image']}|{size}|{row.get('fps')}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -132,20 +131,27 @@ class Features:
         self.about = {
             "checkpoint": encoder.sha256,
             "branch": encoder.branch,
-            "cines": data_fingerprint(loader.root, self.rows),
             "clips_per_cine": clips_per_cine,
             "tokens": tokens,
             "sector_mask": loader.sector,
             **self.sampling,
         }
+        self.cines = {n: data_fingerprint(loader.root, rows) for n, rows in self.rows.items()}
         self._loaded: dict[str, Section] | None = None
 
     def load(self) -> dict[str, Section]:
         """All sections; from the file, or computed and written to it."""
         if self._loaded is None:
-            if not self.file.exists():
-                self._compute()
-            self._loaded = self._read()
+            arrays = self._read() if self.file.exists() else {}
+            missing = [name for name in self.rows if f"{name}/cls" not in arrays]
+            if missing:
+                arrays = self._compute(arrays, missing)
+            self._loaded = {
+                name: Section(
+                    rows, *(arrays.get(f"{name}/{key}") for key in ("cls", "mean", "tokens"))
+                )
+                for name, rows in self.rows.items()
+            }
         return self._loaded
 
     def __getitem__(self, section: str) -> Section:
@@ -164,14 +170,21 @@ class Features:
         )
         return Compose([self.loader, sample])
 
-    def _compute(self) -> None:
-        arrays: dict[str, Any] = {"about": np.array(json.dumps(self.about, sort_keys=True))}
-        computed = {name: self._section(name, rows) for name, rows in self.rows.items()}
+    def _compute(self, arrays: dict[str, Any], missing: Sequence[str]) -> dict[str, Any]:
+        """Adds the missing sections and writes the file."""
+        if self.encoder.branch == "pixel_pca":  # its components are those of the first section
+            arrays, missing = {}, list(self.rows)
+        computed = {name: self._section(name, self.rows[name]) for name in missing}
         if self.encoder.branch == "pixel_pca":
             _reduce(computed)
-        for name, rows in self.rows.items():
-            found = computed[name]
-            arrays[f"{name}/id"] = np.array([r["id"] for r in rows])
+        cines = {**json.loads(str(arrays.get("cines", "{}"))), **self.cines}
+        arrays = {
+            **arrays,
+            "about": np.array(json.dumps(self.about, sort_keys=True)),
+            "cines": np.array(json.dumps(cines, sort_keys=True)),
+        }
+        for name, found in computed.items():
+            arrays[f"{name}/id"] = np.array([r["id"] for r in self.rows[name]])
             arrays |= {f"{name}/{key}": value for key, value in found.items()}
 
         def write(temporary: Path) -> None:
@@ -179,6 +192,7 @@ class Features:
                 np.savez(file, **arrays)
 
         save_atomic(write, self.file)
+        return arrays
 
     @torch.no_grad()
     def _section(self, name: str, rows: Sequence[DatalistRow]) -> dict[str, np.ndarray]:
@@ -201,30 +215,28 @@ class Features:
         """(B n, ...) -> (B, ...), the mean over each cine's n clips."""
         return values.unflatten(0, (-1, self.clips_per_cine)).mean(1).cpu().numpy()
 
-    def _read(self) -> dict[str, Section]:
+    def _read(self) -> dict[str, Any]:
+        """The file's arrays, if they are what would be computed."""
+        remedy = "remove it, or name another with --features_file"
         try:
             with np.load(self.file, allow_pickle=False) as content:
                 arrays = {key: content[key] for key in content.files}
-            about = json.loads(str(arrays["about"]))
-        except (ValueError, KeyError, OSError, EOFError) as error:
+            about, cines = json.loads(str(arrays["about"])), json.loads(str(arrays["cines"]))
+        except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
             raise ValueError(
-                f"{self.file.name} is not a features file (or damaged): remove it, or name another "
-                "with --features_file"
+                f"{self.file.name} is not a features file, or damaged: {remedy}"
             ) from error
-        words = {"checkpoint": "another checkpoint", "cines": "other cines"}
         for key, value in self.about.items():
             if about.get(key) != value:
-                why = words.get(key, f"{key} {about.get(key)}, not {value}")
+                why = f"with {key} {about.get(key)}, not {value}"
+                why = "by another checkpoint" if key == "checkpoint" else why
+                raise ValueError(f"{self.file.name} was made {why}: {remedy}")
+        for name, value in self.cines.items():
+            if cines.get(name, value) != value:
                 raise ValueError(
-                    f"{self.file.name} was made from {why}: remove it, or name another with "
-                    "--features_file"
+                    f"{self.file.name} was made from other cines of section {name!r}: {remedy}"
                 )
-        return {
-            name: Section(
-                rows, *(arrays.get(f"{name}/{key}") for key in ("cls", "mean", "tokens"))
-            )
-            for name, rows in self.rows.items()
-        }
+        return arrays
 
 
 def _reduce(sections: dict[str, dict[str, np.ndarray]]) -> None:

@@ -127,3 +127,41 @@ def draw_curves(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]], yl
             axes.plot(seconds, values, label=name)
         axes.set(xlabel="time (s)", ylabel=ylabel)
         axes.legend(fontsize="small")
+
+
+OUTLINES = np.array([[0, 0, 0], [255, 210, 0], [0, 220, 120], [90, 160, 255], [255, 90, 160]])
+
+
+def save_overlay(
+    path: Path, frames: np.ndarray, predicted: np.ndarray, truth: np.ndarray, fps: float
+) -> None:
+    """An animation: the cine with predicted outlines, beside it with the true areas.
+
+    Args:
+        frames: (T, s, s) uint8; predicted, truth: (T, S, S) uint8 labels, S larger or smaller.
+        fps: of the animation.
+    """
+    from PIL import Image
+
+    side = 224
+    pictures = []
+    for frame, found, true in zip(frames, predicted, truth, strict=True):
+        grey = np.asarray(Image.fromarray(frame).resize((side, side), Image.Resampling.BILINEAR))
+        pair = []
+        for labels, filled in ((found, False), (true, True)):
+            large = np.asarray(Image.fromarray(labels).resize((side, side), Image.Resampling.NEAREST))
+            rgb = grey[..., None].repeat(3, -1).astype(np.float32)
+            inner = large > 0
+            if not filled:
+                edge = np.zeros(inner.shape, bool)
+                edge[:-1] |= large[:-1] != large[1:]
+                edge[:, :-1] |= large[:, :-1] != large[:, 1:]
+                inner = edge
+            opacity = 0.35 if filled else 1.0
+            colour = OUTLINES[np.minimum(large, len(OUTLINES) - 1)]
+            rgb[inner] = (1 - opacity) * rgb[inner] + opacity * colour[inner]
+            pair.append(rgb.round().astype(np.uint8))
+        pictures.append(Image.fromarray(np.concatenate(pair, 1)))
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+    )

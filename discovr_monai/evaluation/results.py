@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Results:
         self.figures: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
         self.pictures: list[Path] = []
-        self._predictions: list[dict[str, Any]] = []
+        self.predictions: list[dict[str, Any]] = []
 
     def add(
         self,
@@ -108,7 +109,7 @@ class Results:
             else:
                 wide |= {f"{name}_{i}": values[:, i] for i in range(values.shape[1])}
         for i, row in enumerate(rows):
-            self._predictions.append(
+            self.predictions.append(
                 {
                     "section": section,
                     "method": method,
@@ -139,7 +140,7 @@ class Results:
         content = self.content()
         text = json.dumps(content, indent=1) + "\n"
         save_atomic(lambda t: t.write_text(text), self.folder / "results.json")
-        for name, rows in (("results.csv", self.figures), ("predictions.csv", self._predictions)):
+        for name, rows in (("results.csv", self.figures), ("predictions.csv", self.predictions)):
             table = _csv(rows)
             save_atomic(lambda t, table=table: t.write_text(table), self.folder / name)  # type: ignore[misc]
         print(self.table())
@@ -151,7 +152,11 @@ class Results:
                 run_name=unique_run_name(self.task),
                 parameters={"task": self.task, **self.settings},
                 metrics=self._flat(),
-                artifacts=[self.folder / n for n in ("results.json", "results.csv")] + self.pictures,
+                artifacts=[
+                    file
+                    for file in (*map(self.folder.joinpath, ("results.json", "results.csv")), *self.pictures)
+                    if file.exists()  # a map of three points is not drawn
+                ],
             )
         return content
 
@@ -159,7 +164,8 @@ class Results:
         flat = {}
         for f in self.figures:
             share = "" if f["label_fraction"] == 1 else f" {100 * f['label_fraction']:g} percent"
-            name = f"{f['section']}/{f['method']}{share}/{f['metric']}".replace("=", " ")
+            name = f"{f['section']}/{f['method']}{share}/{f['metric']}"
+            name = re.sub(r"[^\w\-. :/]", " ", name)  # what MLflow takes
             for suffix, key in (("", "value"), (" low", "low"), (" high", "high")):
                 if f[key] is not None:
                     flat[name + suffix] = f[key]

@@ -23,6 +23,18 @@ def sincos_positions(length: int, dim: int) -> Tensor:
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's fused attention, (B, heads, n, d / heads) each.
+
+    On a CPU its bf16 kernel is slower than its fp32 one (short sequences: up to four times, with
+    gradient), so bf16 inputs go through in fp32 there; benchmarks/attention.py compares them.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.cpu._is_amx_tile_supported():
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention on torch's fused kernel; the key has no bias.
 
@@ -51,7 +63,7 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, bias)  # (B, n, 3 d)
         qkv = qkv.view(batch, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each (B, heads, n, d / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attend(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(batch, n, dim))
 
 

@@ -158,7 +158,7 @@ def test_the_second_read_does_not_decode(tmp_path):
     path.write_bytes(b"1")
     calls, store = [], CineStore(tmp_path / "cache")
     stored(store, path, calls)
-    frames, fps, source = stored(store, path, calls)
+    frames, fps, source, window = stored(store, path, calls)
     assert calls == ["a"]
     assert isinstance(frames, np.memmap)
     assert np.array_equal(frames, moving_blob())
@@ -175,7 +175,7 @@ def test_an_entry_cut_by_a_crash_is_made_again(tmp_path):
     stored(store, path, calls)
     entry = next((tmp_path / "cache").glob("*.npy"))
     entry.write_bytes(entry.read_bytes()[:500])
-    frames, _, _ = stored(store, path, calls)
+    frames, *_ = stored(store, path, calls)
     assert len(calls) == 2
     assert np.array_equal(frames, moving_blob())
     stored(store, path, calls)
@@ -212,7 +212,7 @@ def test_a_full_disk_only_costs_the_cache(tmp_path, monkeypatch):
         UserWarning, match="cache cannot be written .No space left.*going on without"
     ):
         (tmp_path / "a").write_bytes(b"1")
-        frames, _, _ = stored(store, tmp_path / "a", calls)
+        frames, *_ = stored(store, tmp_path / "a", calls)
     assert np.array_equal(frames, moving_blob())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
@@ -259,7 +259,7 @@ def test_no_text_of_the_real_cine_survives():
         assert cine.frames[:, rows, columns].max() > 60  # there is text
         assert not mask[rows, columns].any()
     assert mask[60:190, 130:220].mean() > 0.95
-    box = isolate_sector(cine)
+    box, _ = isolate_sector(cine)
     assert box.shape[1] < 200
 
 

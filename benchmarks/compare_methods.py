@@ -1,0 +1,230 @@
+"""The methods under one protocol: pretrain each, evaluate each, write docs/results.md.
+
+    python benchmarks/compare_methods.py run            the recorded size; hours, goes on where it stopped
+    python benchmarks/compare_methods.py run --quick    the same at a size that ends within an hour
+    python benchmarks/compare_methods.py report         docs/results.md and its picture from the JSONs
+
+Data, sizes, seeds and settings are in protocol.yaml, which is written before any result is seen.
+Each finished (method, seed) leaves benchmarks/results/SIZE/METHOD-SEED.json; what is there for
+the same protocol is not done again, an interrupted pretraining resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+BUNDLE = HERE.parent / "bundles" / "discovr"
+RESULTS = HERE / "results"
+
+
+def protocol(size: str) -> dict[str, Any]:
+    """The protocol at a size; "key" changes with anything that decides a result."""
+    content = yaml.safe_load((HERE / "protocol.yaml").read_text())
+    content["size"] = content.pop("sizes")[size]
+    shared = {k: content[k] for k in ("data", "settings", "evaluation")} | {
+        "epochs": content["size"]["epochs"]
+    }
+    content["key"] = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+    return content
+
+
+def make_data(plan: dict[str, Any], folder: Path) -> None:
+    """Phantoms of every part and one datalist over them; patients of different parts differ."""
+    from discovr_monai.data.phantom import write_phantom_dataset
+
+    sections: dict[str, list] = {}
+    for part, settings in plan["data"].items():
+        settings = dict(settings)
+        split = settings.pop("sections")
+        write_phantom_dataset(folder / part, num_clips=settings.pop("clips"), **settings)
+        found = json.loads((folder / part / "datalist.json").read_text())
+        for section, sources in split.items():
+            for row in (r for s in sources for r in found[s]):
+                place = {k: f"{part}/{row[k]}" for k in ("image", "mask")}
+                sections.setdefault(section, []).append(
+                    {**row, **place, "patient": f"{part}-{row['patient']}"}
+                )
+    (folder / "datalist.json").write_text(json.dumps(sections))
+
+
+def run_measured(command: list[str], log: Path) -> tuple[float, float]:
+    """Runs a command; returns wall seconds and peak memory in GiB.
+
+    Raises:
+        RuntimeError: if it failed.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "DISCOVR_MONAI_SALT": "benchmark"}
+    start = time.perf_counter()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out:
+        process = os.posix_spawn(
+            command[0],
+            command,
+            environment,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, out.fileno(), 1),
+                (os.POSIX_SPAWN_DUP2, out.fileno(), 2),
+            ],
+        )
+        _, status, usage = os.wait4(process, 0)
+    if status:
+        raise RuntimeError(f"failed, see {log.name}: {' '.join(command[1:6])} ...")
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+
+
+def as_option(value: Any) -> str:
+    """A value as the bundle's command line wants it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def pretrain(name: str, seed: int, plan: dict[str, Any], work: Path) -> dict[str, float]:
+    """The bundle's own training command; an untrained network for ``train: false``."""
+    method, out = plan["methods"][name], work / f"{name}-{seed}"
+    done = out / "trained.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    configs = ["train.yaml", *([method["config"]] if "config" in method else [])]
+    settings = {
+        **plan["settings"],
+        **method.get("overrides", {}),
+        "epochs": plan["size"]["epochs"],
+        "seed": seed,
+        "dataset_dir": str((work / "data").resolve()),
+        "output_dir": str(out.resolve()),
+        "cache_dir": str((work / "cache").resolve()),
+    }
+    if not method.get("train", True):
+        from untrained import write_untrained
+
+        write_untrained(out / "last.pt", settings)
+        cost = {"pretraining_seconds": 0.0, "pretraining_gib": 0.0}
+    else:
+        files = [str((BUNDLE / "configs" / c).resolve()) for c in configs]
+        command = [sys.executable, "-m", "monai.bundle", "run", "training"]
+        command += ["--config_file", str(files), "--bundle_root", str(BUNDLE.resolve())]
+        for key, value in settings.items():
+            command += [f"--{key}", as_option(value)]
+        seconds, memory = run_measured(command, out / "train.log")
+        cost = {"pretraining_seconds": round(seconds, 1), "pretraining_gib": round(memory, 2)}
+    done.write_text(json.dumps(cost))
+    return cost
+
+
+def evaluate(ckpt: Path, branch: str, plan: dict[str, Any], work: Path, out: Path) -> dict:
+    """The five tasks of a checkpoint: figures, each test cine's prediction, and its patient."""
+    from monai.bundle import ConfigParser
+    from monai.utils import set_determinism
+
+    found = {}
+    for task, settings in plan["evaluation"]["tasks"].items():
+        parser = ConfigParser()
+        parser.read_config(str(BUNDLE / "configs" / f"{task}.yaml"))
+        overrides = {
+            **plan["evaluation"]["common"],
+            **settings,
+            "bundle_root": str(BUNDLE),
+            "ckpt": str(ckpt),
+            "branch": branch,
+            "dataset_dir": str(work / "data"),
+            "output_dir": str(out / task),
+            "cache_dir": str(work / "cache"),
+            "mlflow": False,
+        }
+        if task != "segmentation":
+            overrides["features_file"] = str(out / f"{branch}.npz")
+        for key, value in overrides.items():
+            parser[key] = value
+        set_determinism(0)
+        content = parser.get_parsed_content("evaluation").run()
+        predictions = parser.get_parsed_content("results").predictions
+        found[task] = {"results": content["results"], "predictions": _columns(predictions)}
+    data = parser.get_parsed_content("data")
+    sections = plan["evaluation"]["common"]["test_sections"]
+    return {"tasks": found, "patients": {s: _owners(data.rows(s)) for s in sections}}
+
+
+def _owners(rows: list) -> list[int]:
+    """A number for each row's patient."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(r["patient"], len(numbers)) for r in rows]
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, dict[str, list]]:
+    """Predictions by "section, method": column -> values, in the datalist's order."""
+    out: dict[str, dict[str, list]] = {}
+    for row in rows:
+        columns = out.setdefault(f"{row['section']}, {row['method']}", {})
+        for key, value in row.items():
+            if key not in ("section", "method", "label_fraction", "id"):
+                value = float(f"{value:.4g}") if isinstance(value, float) else value
+                columns.setdefault(key, []).append(value)
+    return out
+
+
+def run(size: str, work: Path, only: list[str] | None) -> None:
+    """Everything that is not done yet, the first seed of every method first."""
+    plan = protocol(size)
+    work = work / size
+    if not (work / "data" / "datalist.json").exists():
+        make_data(plan, work / "data")
+    jobs = [
+        (number, name, seed)
+        for name, method in plan["methods"].items()
+        for number, seed in enumerate(method.get("seeds", plan["size"]["seeds"]))
+        if number < len(plan["size"]["seeds"]) and (only is None or name in only)
+    ]
+    for _, name, seed in sorted(jobs, key=lambda job: job[0]):
+        target = RESULTS / size / f"{name}-{seed}.json"
+        if target.exists() and json.loads(target.read_text())["protocol"] == plan["key"]:
+            continue
+        method = plan["methods"][name]
+        source = method.get("checkpoint", name)
+        print(f"== {name}, seed {seed}: pretraining", flush=True)
+        cost = pretrain(source, seed, plan, work)
+        print(f"== {name}, seed {seed}: evaluation", flush=True)
+        os.environ["DISCOVR_MONAI_SALT"] = "benchmark"
+        start = time.perf_counter()
+        folder = work / f"{source}-{seed}"
+        branch = method.get("branch", "video_teacher")
+        evaluated = evaluate(folder / "last.pt", branch, plan, work, folder / f"eval-{branch}")
+        content = {
+            "method": name,
+            "seed": seed,
+            "protocol": plan["key"],
+            **(cost if source == name else {}),
+            "evaluation_seconds": round(time.perf_counter() - start, 1),
+            **evaluated,
+        }
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(content))
+        print(f"== {name}, seed {seed}: {target.name}", flush=True)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--quick", action="store_true", help="the small size, for a look")
+    parser.add_argument("--work", type=Path, default=Path("output/compare"))
+    parser.add_argument("--only", nargs="+", help="these methods")
+    options = parser.parse_args()
+    size = "quick" if options.quick else "recorded"
+    if options.what == "run":
+        run(size, options.work.resolve(), options.only)
+    from comparison_report import write_report
+
+    write_report(protocol(size), RESULTS / size, HERE.parent / "docs")
+
+
+if __name__ == "__main__":
+    main()

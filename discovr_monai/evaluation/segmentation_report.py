@@ -1,0 +1,235 @@
+"""Figures and pictures of segmented cines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+
+from discovr_monai.evaluation.contours import (
+    dice,
+    ejection_fraction,
+    grid_ceiling,
+    simpson_volume,
+)
+from discovr_monai.evaluation.plots import draw_agreement, draw_curves, save_overlay
+from discovr_monai.evaluation.results import Results
+from discovr_monai.evaluation.statistics import mean_metric, regression_metrics
+from discovr_monai.types import DatalistRow
+
+PHASES = {"ED": "ed_frame", "ES": "es_frame"}
+
+
+@dataclass
+class Case:
+    """One segmented cine.
+
+    Attributes:
+        row: of the datalist.
+        frames: numbers of the frames that were segmented.
+        predicted, truth: (len(frames), S, S) uint8 labels, padded to a square.
+        fps: frames per second, or None.
+        picture: (T, s, s) uint8, the cine as the network sees it.
+    """
+
+    row: DatalistRow
+    frames: list[int]
+    predicted: np.ndarray
+    truth: np.ndarray
+    fps: float | None
+    picture: np.ndarray
+
+    def spacing(self) -> tuple[float, float]:
+        """(row, column) in mm; (1, 1), pixels, where it is unknown."""
+        found = self.row.get("spacing") or (1.0, 1.0)
+        return float(found[0]), float(found[1])
+
+    def labelled(self) -> dict[str, int]:
+        """Phase -> place in ``frames`` of the labelled frames."""
+        known = {p: self.row[k] for p, k in PHASES.items() if self.row.get(k) is not None}  # type: ignore[literal-required]
+        return {phase: self.frames.index(f) for phase, f in known.items() if f in self.frames}
+
+    def volumes(self) -> np.ndarray:
+        """(len(frames),) mL of the first structure by Simpson's rule."""
+        return np.array([simpson_volume(p == 1, self.spacing()) for p in self.predicted])
+
+
+def frame_figures(
+    truth: np.ndarray, predicted: np.ndarray, spacing: Sequence[float], structures: Sequence[str]
+) -> dict[str, float]:
+    """Dice, HD95 and ASSD of each structure of one frame, and their means; NaN where undefined."""
+    found: dict[str, float] = {}
+    for label, name in enumerate(structures, start=1):
+        a, b = truth == label, predicted == label
+        found[f"dice_{name}"] = dice(a, b)
+        hd95 = assd = float("nan")
+        if a.any() and b.any():
+            masks = [torch.from_numpy(m)[None, None].float() for m in (b, a)]
+            hd95 = float(
+                compute_hausdorff_distance(
+                    *masks, include_background=True, percentile=95, spacing=list(spacing)
+                )
+            )
+            assd = float(
+                compute_average_surface_distance(
+                    *masks, include_background=True, symmetric=True, spacing=list(spacing)
+                )
+            )
+        found[f"hd95_{name}"], found[f"assd_{name}"] = hd95, assd
+    for kind in ("dice", "hd95", "assd"):
+        found[f"{kind}_mean"] = _nanmean([found[f"{kind}_{n}"] for n in structures])
+    return found
+
+
+def report(
+    results: Results,
+    section: str,
+    method: str,
+    cases: Sequence[Case],
+    structures: Sequence[str],
+    *,
+    grid: Sequence[int],
+    label_fraction: float = 1.0,
+    draw: bool = True,
+    fps: float = 15.0,
+) -> None:
+    """Adds everything that is to be said of a section's cines.
+
+    Dice, HD95 and ASSD at ED, at ES and over all labelled frames of a cine, beside the Dice that
+    the token grid allows; EF by Simpson's rule from the labelled frames and from the whole curve,
+    where the datalist knows the EF.
+    """
+    unit = "mm" if all(c.row.get("spacing") for c in cases) else "pixels"
+    phases = [*PHASES, "all"] if any(c.labelled() for c in cases) else ["all"]
+    scores = {phase: [_case_figures(c, phase, structures) for c in cases] for phase in phases}
+    limit = {phase: [_case_ceiling(c, phase, structures, grid) for c in cases] for phase in phases}
+    rows = [c.row for c in cases]
+    for phase in phases:
+        for name, found in ((method, scores[phase]), ("grid ceiling", limit[phase])):
+            if name == "grid ceiling" and label_fraction != 1:
+                continue
+            table = {key: np.array([f[key] for f in found]) for key in found[0]}
+            results.add(
+                section,
+                f"{name}, {phase}",
+                rows,
+                lambda w, t=table: {_named(k, unit): mean_metric(v, w) for k, v in t.items()},  # type: ignore[misc]
+                label_fraction=label_fraction,
+            )
+    lv = {f"dice_{p}": np.array([f[f"dice_{structures[0]}"] for f in scores[p]]) for p in phases}
+    results.predict(section, method, rows, label_fraction, **lv)
+    _ejection_fractions(results, section, method, cases, label_fraction, draw)
+    if draw:
+        _pictures(results, section, cases, lv["dice_all"], structures, fps)
+
+
+def _named(key: str, unit: str) -> str:
+    return key if key.startswith("dice") else f"{key}_{unit}"
+
+
+def _places(case: Case, phase: str) -> list[int]:
+    labelled = case.labelled()
+    if phase != "all":
+        return [labelled[phase]] if phase in labelled else []
+    return sorted(set(labelled.values())) or [i for i, m in enumerate(case.truth) if m.any()]
+
+
+def _nanmean(values: Sequence[float]) -> float:
+    """Mean of what is defined; NaN of nothing."""
+    defined = [v for v in values if np.isfinite(v)]
+    return float(np.mean(defined)) if defined else float("nan")
+
+
+def _mean_over(found: list[dict[str, float]], keys: Sequence[str]) -> dict[str, float]:
+    return {k: _nanmean([f[k] for f in found]) for k in keys}
+
+
+def _case_figures(case: Case, phase: str, structures: Sequence[str]) -> dict[str, float]:
+    keys = [f"{k}_{n}" for k in ("dice", "hd95", "assd") for n in (*structures, "mean")]
+    found = [
+        frame_figures(case.truth[i], case.predicted[i], case.spacing(), structures)
+        for i in _places(case, phase)
+    ]
+    return _mean_over(found, keys)
+
+
+def _case_ceiling(
+    case: Case, phase: str, structures: Sequence[str], grid: Sequence[int]
+) -> dict[str, float]:
+    found = []
+    for i in _places(case, phase):
+        best = grid_ceiling(case.truth[i], (grid[0], grid[1]), len(structures) + 1)
+        one = {
+            f"dice_{n}": dice(case.truth[i] == v, best == v)
+            for v, n in enumerate(structures, start=1)
+        }
+        found.append({**one, "dice_mean": _nanmean(list(one.values()))})
+    return _mean_over(found, [f"dice_{n}" for n in (*structures, "mean")])
+
+
+def _ejection_fractions(
+    results: Results,
+    section: str,
+    method: str,
+    cases: Sequence[Case],
+    label_fraction: float,
+    draw: bool,
+) -> None:
+    known = [c for c in cases if c.row.get("ef") is not None]
+    if len(known) < 2:
+        return
+    truth = np.array([c.row["ef"] for c in known])
+    from_frames, from_curve = [], []
+    for case in known:
+        volumes, at = case.volumes(), case.labelled()
+        there = len(at) == 2
+        from_frames.append(ejection_fraction(volumes, at["ED"], at["ES"]) if there else np.nan)
+        from_curve.append(ejection_fraction(volumes) if len(volumes) > 2 else np.nan)
+    for name, values in (("labelled frames", from_frames), ("whole curve", from_curve)):
+        found = np.array(values)
+        good = np.isfinite(found)
+        if good.sum() < 2:
+            continue
+        rows = [c.row for c, g in zip(known, good, strict=True) if g]
+        t, p = truth[good], found[good]
+        results.add(
+            section,
+            f"EF from {name}, {method}",
+            rows,
+            lambda w, t=t, p=p: regression_metrics(t, p, w),  # type: ignore[misc]
+            label_fraction=label_fraction,
+        )
+        if draw:
+            path = results.picture(f"{section}_ef_{name.replace(' ', '_')}.png")
+            draw_agreement(path, t, p, "EF", "%")
+
+
+def _pictures(
+    results: Results,
+    section: str,
+    cases: Sequence[Case],
+    scores: np.ndarray,
+    structures: Sequence[str],
+    fps: float,
+) -> None:
+    """Best, median and worst: overlay animations and areas over time."""
+    order = [int(i) for i in np.argsort(-scores, kind="stable") if np.isfinite(scores[i])]
+    if not order:
+        return
+    chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    curves = {}
+    for name, index in chosen.items():
+        case = cases[index]
+        frames = case.picture[case.frames]
+        save_overlay(
+            results.picture(f"{section}_{name}.gif"), frames, case.predicted, case.truth, fps
+        )
+        seconds = np.array(case.frames) / (case.fps or 1.0)
+        area = (case.predicted == 1).sum((1, 2)) * float(np.prod(case.spacing())) / 100
+        curves[f"{name} (Dice {scores[index]:.2f})"] = (seconds, area)
+    unit = "cm$^2$" if all(c.row.get("spacing") for c in cases) else "pixels / 100"
+    path = results.picture(f"{section}_area_time.png")
+    draw_curves(path, curves, f"{structures[0].replace('_', ' ')} area ({unit})")
