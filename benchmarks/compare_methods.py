@@ -25,6 +25,13 @@ import yaml
 HERE = Path(__file__).parent
 BUNDLE = HERE.parent / "bundles" / "discovr"
 RESULTS = HERE / "results"
+KEPT = {  # task -> the method and columns of each test cine's prediction that a JSON keeps
+    "knn": ("k=10", ("truth", "score_1")),
+    "linear_probe": ("logistic", ("truth", "score_1")),
+    "lvef": ("ridge", ("truth", "predicted")),
+    "anomaly": ("5 nearest", ("truth", "score")),
+    "segmentation": ("linear head", ("dice_ED", "dice_ES", "dice_all")),
+}
 
 
 def protocol(size: str) -> dict[str, Any]:
@@ -82,14 +89,11 @@ def run_measured(command: list[str], log: Path) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
-def as_option(value: Any) -> str:
-    """A value as the bundle's command line wants it."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def pretrain(name: str, seed: int, plan: dict[str, Any], work: Path) -> dict[str, float]:
+def pretrain(
+    name: str, seed: int, plan: dict[str, Any], work: Path, out: Path
+) -> dict[str, float]:
     """The bundle's own training command; an untrained network for ``train: false``."""
-    method, out = plan["methods"][name], work / f"{name}-{seed}"
+    method = plan["methods"][name]
     done = out / "trained.json"
     if done.exists():
         return json.loads(done.read_text())
@@ -109,11 +113,12 @@ def pretrain(name: str, seed: int, plan: dict[str, Any], work: Path) -> dict[str
         write_untrained(out / "last.pt", settings)
         cost = {"pretraining_seconds": 0.0, "pretraining_gib": 0.0}
     else:
-        files = [str((BUNDLE / "configs" / c).resolve()) for c in configs]
+        out.mkdir(parents=True, exist_ok=True)
+        overlay = out / "settings.yaml"
+        overlay.write_text(yaml.safe_dump(settings))
+        files = [*(str((BUNDLE / "configs" / c).resolve()) for c in configs), str(overlay)]
         command = [sys.executable, "-m", "monai.bundle", "run", "training"]
         command += ["--config_file", str(files), "--bundle_root", str(BUNDLE.resolve())]
-        for key, value in settings.items():
-            command += [f"--{key}", as_option(value)]
         seconds, memory = run_measured(command, out / "train.log")
         cost = {"pretraining_seconds": round(seconds, 1), "pretraining_gib": round(memory, 2)}
     done.write_text(json.dumps(cost))
@@ -147,7 +152,7 @@ def evaluate(ckpt: Path, branch: str, plan: dict[str, Any], work: Path, out: Pat
         set_determinism(0)
         content = parser.get_parsed_content("evaluation").run()
         predictions = parser.get_parsed_content("results").predictions
-        found[task] = {"results": content["results"], "predictions": _columns(predictions)}
+        found[task] = {"results": content["results"], "predictions": _columns(task, predictions)}
     data = parser.get_parsed_content("data")
     sections = plan["evaluation"]["common"]["test_sections"]
     return {"tasks": found, "patients": {s: _owners(data.rows(s)) for s in sections}}
@@ -159,24 +164,25 @@ def _owners(rows: list) -> list[int]:
     return [numbers.setdefault(r["patient"], len(numbers)) for r in rows]
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, dict[str, list]]:
-    """Predictions by "section, method": column -> values, in the datalist's order."""
+def _columns(task: str, rows: list[dict[str, Any]]) -> dict[str, dict[str, list]]:
+    """What the report needs, by "section, method": column -> values, in the datalist's order."""
+    wanted, columns = KEPT[task]
     out: dict[str, dict[str, list]] = {}
     for row in rows:
-        columns = out.setdefault(f"{row['section']}, {row['method']}", {})
-        for key, value in row.items():
-            if key not in ("section", "method", "label_fraction", "id"):
-                value = float(f"{value:.4g}") if isinstance(value, float) else value
-                columns.setdefault(key, []).append(value)
+        if row["method"] == wanted:
+            kept = out.setdefault(f"{row['section']}, {row['method']}", {c: [] for c in columns})
+            for key in columns:
+                value = row[key]
+                kept[key].append(float(f"{value:.4g}") if isinstance(value, float) else value)
     return out
 
 
 def run(size: str, work: Path, only: list[str] | None) -> None:
     """Everything that is not done yet, the first seed of every method first."""
     plan = protocol(size)
-    work = work / size
     if not (work / "data" / "datalist.json").exists():
         make_data(plan, work / "data")
+    runs = work / f"{size}-{plan['key']}"
     jobs = [
         (number, name, seed)
         for name, method in plan["methods"].items()
@@ -190,11 +196,11 @@ def run(size: str, work: Path, only: list[str] | None) -> None:
         method = plan["methods"][name]
         source = method.get("checkpoint", name)
         print(f"== {name}, seed {seed}: pretraining", flush=True)
-        cost = pretrain(source, seed, plan, work)
+        cost = pretrain(source, seed, plan, work, runs / f"{source}-{seed}")
         print(f"== {name}, seed {seed}: evaluation", flush=True)
         os.environ["DISCOVR_MONAI_SALT"] = "benchmark"
         start = time.perf_counter()
-        folder = work / f"{source}-{seed}"
+        folder = runs / f"{source}-{seed}"
         branch = method.get("branch", "video_teacher")
         evaluated = evaluate(folder / "last.pt", branch, plan, work, folder / f"eval-{branch}")
         content = {

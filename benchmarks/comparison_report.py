@@ -25,7 +25,7 @@ def _array(columns: dict[str, list], key: str) -> np.ndarray:
 
 
 def _f1(c: dict[str, list], w: np.ndarray) -> np.ndarray:
-    scores = np.stack([_array(c, "score_0"), _array(c, "score_1")], 1)
+    scores = np.stack([1 - _array(c, "score_1"), _array(c, "score_1")], 1)
     return classification_metrics(_array(c, "truth").astype(int), scores, w)["macro_f1"]
 
 

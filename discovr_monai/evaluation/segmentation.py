@@ -186,6 +186,7 @@ class LabelledClips(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item, like = self.items[index], self.like
+        tubelet = int(like.module.tubelet_size)  # type: ignore[arg-type]
         row = self.loader(item.row)
         cine = row["image"]
         steps, position = frames_around(
@@ -193,8 +194,8 @@ class LabelledClips(Dataset):
             item.frame,
             like.num_frames,
             clip_stride(like, row.get("fps"), item.row["image"]),
-            index % like.module.tubelet_size,  # type: ignore[operator]
-            like.module.tubelet_size,  # type: ignore[arg-type]
+            (index + index // tubelet) % tubelet,  # ED and ES both take every place in turn
+            tubelet,
         )
         labels = torch.from_numpy(item.labels.astype(np.float32))[None, None]
         labels = F.interpolate(labels, (like.image_size,) * 2, mode="nearest-exact")[0]
@@ -243,8 +244,8 @@ class Segmentation:
         blocks: int = 0,
         label_fractions: Sequence[float] = (1.0,),
         every_frame: bool = True,
-        epochs: int = 15,
-        lr: float = 3e-3,
+        epochs: int = 30,
+        lr: float = 1e-2,
         weight_decay: float = 0.01,
         layer_decay: float = 0.75,
         batch_size: int = 32,
