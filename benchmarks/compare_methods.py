@@ -70,7 +70,8 @@ def run_measured(command: list[str], log: Path) -> tuple[float, float]:
     Raises:
         RuntimeError: if it failed.
     """
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "DISCOVR_MONAI_SALT": "benchmark"}
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "DISCOVR_MONAI_SALT": "benchmark"}
     start = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as out:
