@@ -1,8 +1,8 @@
 """The methods under one protocol: pretrain each, evaluate each, write docs/results.md.
 
-    python benchmarks/compare_methods.py run            the recorded size; hours, goes on where it stopped
-    python benchmarks/compare_methods.py run --quick    the same at a size that ends within an hour
-    python benchmarks/compare_methods.py report         docs/results.md and its picture from the JSONs
+    python benchmarks/compare_methods.py run            hours; goes on where it stopped
+    python benchmarks/compare_methods.py run --quick    a size that ends within an hour
+    python benchmarks/compare_methods.py report         docs/results.md from the JSONs
 
 Data, sizes, seeds and settings are in protocol.yaml, which is written before any result is seen.
 Each finished (method, seed) leaves benchmarks/results/SIZE/METHOD-SEED.json; what is there for
@@ -90,9 +90,7 @@ def run_measured(command: list[str], log: Path) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
-def pretrain(
-    name: str, seed: int, plan: dict[str, Any], work: Path, out: Path
-) -> dict[str, float]:
+def pretrain(name: str, seed: int, plan: dict[str, Any], work: Path, out: Path) -> dict[str, float]:
     """The bundle's own training command; an untrained network for ``train: false``."""
     method = plan["methods"][name]
     done = out / "trained.json"

@@ -64,7 +64,9 @@ def read_runs(plan: dict[str, Any], folder: Path) -> Runs:
     return runs
 
 
-def draws(runs: list[dict[str, Any]], section: str, column: str, plan: dict[str, Any]) -> np.ndarray:
+def draws(
+    runs: list[dict[str, Any]], section: str, column: str, plan: dict[str, Any]
+) -> np.ndarray:
     """(1 + D,) a figure's value and its bootstrap draws over patients, averaged over seeds."""
     task, method, figure, _ = COLUMNS[column]
     patients = [str(p) for p in runs[0]["patients"][section]]
@@ -77,7 +79,11 @@ def draws(runs: list[dict[str, Any]], section: str, column: str, plan: dict[str,
 
 def _cell(values: np.ndarray, percent: bool = False) -> str:
     low, high = np.nanpercentile(values[1:], [2.5, 97.5])
-    return f"{values[0]:.3f} [{low:.3f}, {high:.3f}]" if not percent else f"{values[0]:.2f} [{low:.2f}, {high:.2f}]"
+    return (
+        f"{values[0]:.3f} [{low:.3f}, {high:.3f}]"
+        if not percent
+        else f"{values[0]:.2f} [{low:.2f}, {high:.2f}]"
+    )
 
 
 def _main_table(runs: Runs, plan: dict[str, Any], section: str) -> list[str]:
@@ -111,7 +117,9 @@ def _difference_table(runs: Runs, plan: dict[str, Any], section: str) -> list[st
             continue
         cells = []
         for column in COMPARED:
-            gap = draws(runs["discovr"], section, column, plan) - draws(found, section, column, plan)
+            gap = draws(runs["discovr"], section, column, plan) - draws(
+                found, section, column, plan
+            )
             gap = gap if COLUMNS[column][3] else -gap
             low, high = np.nanpercentile(gap[1:], [2.5, 97.5])
             verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
@@ -180,7 +188,12 @@ def write_report(plan: dict[str, Any], folder: Path, docs: Path) -> None:
         f"{plan['methods'][n]['title']} ({len(runs.get(n, []))} of {wanted} seeds)"
         for n in plan["methods"]
         if len(runs.get(n, []))
-        < (wanted := min(len(plan["methods"][n].get("seeds", plan["size"]["seeds"])), len(plan["size"]["seeds"])))
+        < (
+            wanted := min(
+                len(plan["methods"][n].get("seeds", plan["size"]["seeds"])),
+                len(plan["size"]["seeds"]),
+            )
+        )
     ]
     one = runs["discovr"][0]
     median = _figure_of(one, "lvef", "test", "training median", "mae")
@@ -189,16 +202,20 @@ def write_report(plan: dict[str, Any], folder: Path, docs: Path) -> None:
     lines = [
         "# What works: the methods under one protocol",
         "",
-        "Generated, not written: `python benchmarks/compare_methods.py report" + options + "` makes "
-        "this page from `benchmarks/results/`, `... run" + options + "` makes those. Everything here is on "
+        "Generated, not written: `python benchmarks/compare_methods.py report"
+        + options
+        + "` makes "
+        "this page from `benchmarks/results/`, `... run"
+        + options
+        + "` makes those. Everything here is on "
         "**simulated** hearts (see phantom.md): it says how the methods compare at a size that two "
         "cores can train, nothing about patients.",
         "",
         plan["words"].strip(),
         "",
-        f"Every method has the same encoder, data and {plan['size']['epochs']} epochs, and the same "
-        "settings: `benchmarks/protocol.yaml`. Features are frozen. Intervals are 95 % bootstrap "
-        "intervals over patients (of the mean over seeds).",
+        f"Every method has the same encoder, data and {plan['size']['epochs']} epochs, and the "
+        "same settings: `benchmarks/protocol.yaml`. Features are frozen. Intervals are 95 % "
+        "bootstrap intervals over patients (of the mean over seeds).",
         "",
         f"![bars](images/{image.name})",
         "",
@@ -209,8 +226,8 @@ def write_report(plan: dict[str, Any], folder: Path, docs: Path) -> None:
         lines += [f"## {title}", "", *_main_table(runs, plan, section), ""]
         if section == "test":
             lines += [
-                f"Predicting the training median has a LVEF MAE of {median}. The best LV Dice that the "
-                f"token grid allows (the mask averaged to the grid and upsampled) is {ceiling}.",
+                f"Predicting the training median has a LVEF MAE of {median}. The best LV Dice that "
+                f"the token grid allows (the mask averaged to it and upsampled) is {ceiling}.",
                 "",
             ]
     lines += ["## Each seed", "", "On the unseen adults.", "", *_spread_table(runs, plan), ""]

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "discovr_monai"
-BASE = {"types", "distributed", "schedules", "masking"}
+BASE = {"types", "distributed", "schedules", "masking", "tracking"}
 ALLOWED = {
     "networks": BASE | {"networks"},
     "losses": BASE | {"losses"},
     "data": {"types", "distributed", "data"},
     "weights": BASE | {"networks"},
     "training": BASE | {"networks", "losses", "training", "weights"},
+    "evaluation": BASE | {"networks", "data", "weights", "evaluation", "training"},
     **{name: set() for name in BASE},
 }
 
@@ -33,6 +34,15 @@ def imports(file: Path) -> set[str]:
             continue
         found |= {n.split(".")[1] for n in names if n.startswith("discovr_monai.")}
     return found
+
+
+def test_evaluation_takes_only_optim_from_training():
+    for file in (PACKAGE / "evaluation").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "discovr_monai.training"
+            ):
+                assert node.module == "discovr_monai.training.optim", file.name
 
 
 def part(file: Path) -> str:

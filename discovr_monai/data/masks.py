@@ -31,7 +31,9 @@ def read_masks(path: Path, name: str) -> np.ndarray:
         raise CineError(name, "the mask file does not exist", "Correct the datalist") from error
     except Exception as error:  # each library has its own for a damaged file
         raise CineError(
-            name, f"the mask cannot be read ({type(error).__name__})", "Make it again, as npz or NIfTI"
+            name,
+            f"the mask cannot be read ({type(error).__name__})",
+            "Make it again, as npz or NIfTI",
         ) from error
     if masks.ndim != 3:
         raise CineError(

@@ -1,8 +1,4 @@
-"""What is evaluated: the frozen encoders of a checkpoint, and features that learn nothing.
-
-All share one interface: ``clip_shape``, ``grid`` (t, h, w), ``tubelet_size``, ``token_dim``,
-``embed(clip)`` and ``tokens(clip)``.
-"""
+"""What is evaluated: the frozen encoders of a checkpoint, and features that learn nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +21,29 @@ BRANCHES = (*TRAINED, *SIMPLE)
 THUMBNAIL = 32  # pixels per side of the simple features' pictures
 
 
-class FrozenEncoder(nn.Module):
+class Backbone(nn.Module):
+    """What every task sees of an encoder.
+
+    Attributes:
+        clip_shape: (3, T, H, W) of its clips.
+        grid: (t, h, w) of its tokens; tubelet_size: frames of a token; token_dim: width of one.
+    """
+
+    clip_shape: tuple[int, int, int, int]
+    grid: tuple[int, int, int]
+    tubelet_size: int
+    token_dim: int
+
+    def embed(self, clip: Tensor) -> dict[str, Tensor]:
+        """(B, 3, T, H, W) -> "cls" and "mean" (of the tokens), (B, D) each."""
+        raise NotImplementedError
+
+    def tokens(self, clip: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> (B, t, h, w, token_dim)."""
+        raise NotImplementedError
+
+
+class FrozenEncoder(Backbone):
     """One branch of a trained network; the image branch looks at each frame by itself.
 
     Args:
@@ -39,7 +57,8 @@ class FrozenEncoder(nn.Module):
         _, frames, height, width = encoder.clip_shape
         self.by_frame = frames == 1 and num_frames > 1
         self.clip_shape = (3, num_frames, height, width)
-        self.grid = (num_frames // encoder.tubelet_size, *encoder.grid[1:])
+        _, h, w = encoder.grid
+        self.grid = (num_frames // encoder.tubelet_size, h, w)
         self.tubelet_size, self.token_dim = encoder.tubelet_size, encoder.embed_dim
 
     def train(self, mode: bool = True) -> FrozenEncoder:
@@ -58,17 +77,17 @@ class FrozenEncoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, clip: Tensor) -> dict[str, Tensor]:
-        """(B, 3, T, H, W) -> "cls" and "mean" (of the tokens), (B, d) each."""
+        """See :class:`Backbone`."""
         found = self(clip)
         return {"cls": found[:, :, 0].mean(1), "mean": found[:, :, 1:].mean((1, 2))}
 
     @torch.no_grad()
     def tokens(self, clip: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B, t, h, w, d)."""
+        """See :class:`Backbone`."""
         return self(clip)[:, :, 1:].reshape(len(clip), *self.grid, -1)
 
 
-class SimpleFeatures(nn.Module):
+class SimpleFeatures(Backbone):
     """Pictures of a clip instead of a network: what every learned feature has to beat.
 
     * ``mean_frame``: the mean over time, 32 x 32 pixels; token: the same of its patch;
@@ -185,7 +204,7 @@ class EvaluatedEncoder:
         self.settings = about["video"]
         self.device = torch.device(device)
         if branch in SIMPLE:
-            self.module: nn.Module = SimpleFeatures(branch, about["video"])
+            self.module: Backbone = SimpleFeatures(branch, about["video"])
         else:
             self.module = self._trained(state, Path(ckpt).name)
         self.module = self.module.to(self.device)

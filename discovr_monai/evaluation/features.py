@@ -15,8 +15,8 @@ import torch
 from monai.transforms import Compose
 from tqdm import tqdm
 
-from discovr_monai.data.dataset import ClipDataset
 from discovr_monai.data.datalist import Datalist
+from discovr_monai.data.dataset import ClipDataset
 from discovr_monai.data.transforms import LoadCined, SampleClipd
 from discovr_monai.evaluation.encoders import EvaluatedEncoder
 from discovr_monai.types import DatalistRow
@@ -122,7 +122,7 @@ class Features:
         self.rows = {name: data.rows(name) for name in dict.fromkeys(sections)}
         check_splits(self.rows)
         own = stride is None and duration is None
-        self.sampling = {
+        self.sampling: dict[str, Any] = {
             "stride": encoder.clip["stride"] if own else stride,
             "duration": encoder.clip["duration"] if own else duration,
         }
@@ -148,7 +148,10 @@ class Features:
                 arrays = self._compute(arrays, missing)
             self._loaded = {
                 name: Section(
-                    rows, *(arrays.get(f"{name}/{key}") for key in ("cls", "mean", "tokens"))
+                    rows,
+                    arrays[f"{name}/cls"],
+                    arrays[f"{name}/mean"],
+                    arrays.get(f"{name}/tokens"),
                 )
                 for name, rows in self.rows.items()
             }
@@ -268,7 +271,7 @@ def subset_by_patient(
         return np.arange(len(rows))
     owners = np.array(patients_of(rows))
     order = np.random.default_rng(seed).permutation(np.unique(owners))
-    group = {p: 0 for p in order}
+    group = dict.fromkeys(order, 0)
     if classes is not None:
         group = {p: int(classes[owners == p][0]) for p in order}
     chosen: set[str] = set()

@@ -35,7 +35,9 @@ def last_blocks(
         ValueError: if there are fewer blocks.
     """
     if not 0 <= count <= len(encoder.blocks):
-        raise ValueError(f"blocks {count} must lie in 0..{len(encoder.blocks)}, the encoder's depth")
+        raise ValueError(
+            f"blocks {count} must lie in 0..{len(encoder.blocks)}, the encoder's depth"
+        )
     encoder.requires_grad_(False)
     groups: list[dict[str, Any]] = []
     if not count:
@@ -89,7 +91,9 @@ def fit(
         The best figure.
     """
     if epochs < 1 or not len(loader):
-        raise ValueError(f"epochs {epochs} must be at least 1, and there must be a batch to train on")
+        raise ValueError(
+            f"epochs {epochs} must be at least 1, and there must be a batch to train on"
+        )
     optimizer = torch.optim.AdamW(list(groups), lr=lr)
     schedule = WarmupCosine(
         peak=lr, total=epochs * len(loader), warmup=int(warmup_epochs * len(loader))

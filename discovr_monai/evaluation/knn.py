@@ -110,9 +110,7 @@ class KNN:
 
     def _report(self, section: str, method: str, scores: np.ndarray, truth: np.ndarray) -> None:
         rows = self.features.rows[section]
-        self.results.add(
-            section, method, rows, lambda w: classification_metrics(truth, scores, w)
-        )
+        self.results.add(section, method, rows, lambda w: classification_metrics(truth, scores, w))
         self.results.predict(section, method, rows, truth=truth, score=scores)
         if method == f"k={self.k[-1]}":
             table = confusion(truth, scores.argmax(1), np.ones(len(truth)), len(self.classes))

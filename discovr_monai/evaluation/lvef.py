@@ -72,9 +72,10 @@ class Regressor(nn.Module):
         self.encoder = copy.deepcopy(encoder)
         self.pooling, self.mean, self.spread = pooling, mean, spread
         width = encoder.token_dim * (2 if pooling == "both" else 1)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
-        nn.init.zeros_(self.head[1].weight)
-        nn.init.zeros_(self.head[1].bias)
+        last = nn.Linear(width, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.head = nn.Sequential(nn.LayerNorm(width), last)
         self.groups = last_blocks(
             self.encoder.encoder, blocks, layer_decay=layer_decay, weight_decay=weight_decay
         ) + scaled_groups(self.head, 1.0, weight_decay)
@@ -141,7 +142,7 @@ class LVEF:
         self.thresholds, self.coverage, self.seed = list(thresholds), coverage, seed
         self.blocks, self.layer_decay = blocks, layer_decay
         self.weight_decay, self.batch_size = weight_decay, batch_size
-        self.schedule = {"epochs": epochs, "lr": lr, "warmup_epochs": warmup_epochs}
+        self.epochs, self.lr, self.warmup_epochs = epochs, lr, warmup_epochs
 
     def run(self) -> dict:
         """Evaluates, writes, returns the results."""
@@ -156,7 +157,9 @@ class LVEF:
         for fraction in self.label_fractions:
             kept = subset_by_patient(rows[self.train], fraction, self.seed)
             predict = self._fit(kept, truth)
-            radius = conformal_radius(truth[self.validation] - predict(self.validation), self.coverage)
+            radius = conformal_radius(
+                truth[self.validation] - predict(self.validation), self.coverage
+            )
             for section in self.test:
                 found = self._report(section, truth[section], predict(section), radius, fraction)
                 curves.setdefault(f"{section}, MAE", []).append(found["mae"])
@@ -170,12 +173,16 @@ class LVEF:
         return self.results.finish()
 
     def _add(
-        self, section: str, method: str, truth: np.ndarray, predicted: np.ndarray, more: dict, **kw: Any
+        self,
+        section: str,
+        method: str,
+        truth: np.ndarray,
+        predicted: np.ndarray,
+        more: dict,
+        **kw: Any,
     ) -> dict:
         def metrics(w: np.ndarray) -> dict[str, np.ndarray]:
-            low = {
-                f"auroc_under_{t:g}": auroc(truth < t, -predicted, w) for t in self.thresholds
-            }
+            low = {f"auroc_under_{t:g}": auroc(truth < t, -predicted, w) for t in self.thresholds}
             extra = {name: mean_metric(values, w) for name, values in more.items()}
             return {**regression_metrics(truth, predicted, w), **low, **extra}
 
@@ -247,13 +254,13 @@ class LVEF:
         )
         sampler = EpochSampler(len(rows), min(self.batch_size, len(rows)), seed=self.seed)
         loader = DataLoader(dataset, sampler.batch_size, sampler=sampler)
-        epoch = iter(range(self.schedule["epochs"] + 1))
+        epoch = iter(range(1, self.epochs + 1))
 
         def prepare(batch: Any, device: Any, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             return encoder.prepare(batch, device), batch["target"].float().to(device)
 
         def validate() -> float:
-            sampler.set_epoch(next(epoch) + 1)
+            sampler.set_epoch(next(epoch))  # of the epoch that comes
             error = self._predict(network, self.validation) - truth[self.validation]
             return float(np.abs(error).mean())
 
@@ -262,13 +269,13 @@ class LVEF:
             network.groups,
             loader,
             prepare=prepare,
-            loss=lambda p, t: nn.functional.smooth_l1_loss(
-                p / network.spread, t / network.spread
-            ),
+            loss=lambda p, t: nn.functional.smooth_l1_loss(p / network.spread, t / network.spread),
             validate=validate,
             device=encoder.device,
             progress="fine-tuning",
-            **self.schedule,
+            epochs=self.epochs,
+            lr=self.lr,
+            warmup_epochs=self.warmup_epochs,
         )
         return lambda section: self._predict(network, section)
 

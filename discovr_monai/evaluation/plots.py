@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ def _figure(path: Path, columns: int = 1) -> Iterator[Any]:
 def draw_confusion(path: Path, table: np.ndarray, classes: Sequence[str], title: str) -> None:
     """(C, C) counts, rows truth, columns predicted."""
     with _figure(path) as axes:
-        axes.imshow(table / np.maximum(table.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+        axes.imshow(
+            table / np.maximum(table.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1
+        )
         for (row, column), count in np.ndenumerate(table):
             axes.text(column, row, f"{count:g}", ha="center", va="center")
         ticks = range(len(classes))
@@ -96,7 +98,11 @@ def draw_agreement(
             title="scatter",
         )
         right.scatter(middle, difference, s=10)
-        for value, name in ((bias, "bias"), (bias - spread, "-1.96 sd"), (bias + spread, "+1.96 sd")):
+        for value, name in (
+            (bias, "bias"),
+            (bias - spread, "-1.96 sd"),
+            (bias + spread, "+1.96 sd"),
+        ):
             right.axhline(value, color="0.4", ls="-" if name == "bias" else "--", lw=1)
             right.text(right.get_xlim()[1], value, f"{name} {value:.1f}", ha="right", va="bottom")
         right.set(
@@ -107,7 +113,7 @@ def draw_agreement(
 
 
 def draw_learning_curve(
-    path: Path, shares: Sequence[float], curves: dict[str, Sequence[tuple[float, float, float]]]
+    path: Path, shares: Sequence[float], curves: Mapping[str, Sequence[tuple[float, float, float]]]
 ) -> None:
     """Value, low and high of each metric over the share of labels."""
     with _figure(path) as axes:
@@ -149,7 +155,9 @@ def save_overlay(
         grey = np.asarray(Image.fromarray(frame).resize((side, side), Image.Resampling.BILINEAR))
         pair = []
         for labels, filled in ((found, False), (true, True)):
-            large = np.asarray(Image.fromarray(labels).resize((side, side), Image.Resampling.NEAREST))
+            large = np.asarray(
+                Image.fromarray(labels).resize((side, side), Image.Resampling.NEAREST)
+            )
             rgb = grey[..., None].repeat(3, -1).astype(np.float32)
             inner = large > 0
             if not filled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -182,7 +183,7 @@ class LinearProbe:
         self.train, self.validation, self.test = train, validation, list(test)
         self.probe, self.pooling = probe, pooling
         self.label_fractions, self.c, self.seed = list(label_fractions), list(c), seed
-        self.training = {
+        self.training: dict[str, Any] = {
             "epochs": epochs,
             "lr": lr,
             "weight_decay": weight_decay,

@@ -139,10 +139,10 @@ class Results:
         """Writes everything, prints a table, returns :meth:`content`."""
         content = self.content()
         text = json.dumps(content, indent=1) + "\n"
-        save_atomic(lambda t: t.write_text(text), self.folder / "results.json")
+        write_text(self.folder / "results.json", text)
         for name, rows in (("results.csv", self.figures), ("predictions.csv", self.predictions)):
             table = _csv(rows)
-            save_atomic(lambda t, table=table: t.write_text(table), self.folder / name)  # type: ignore[misc]
+            write_text(self.folder / name, table)
         print(self.table())
         print(f"Written: {self.folder.name}/results.json, results.csv, predictions.csv", flush=True)
         if self.tracking_uri:
@@ -154,7 +154,10 @@ class Results:
                 metrics=self._flat(),
                 artifacts=[
                     file
-                    for file in (*map(self.folder.joinpath, ("results.json", "results.csv")), *self.pictures)
+                    for file in (
+                        *map(self.folder.joinpath, ("results.json", "results.csv")),
+                        *self.pictures,
+                    )
                     if file.exists()  # a map of three points is not drawn
                 ],
             )
@@ -179,10 +182,19 @@ class Results:
             shown = f"{f['metric']} {_short(f['value'])} [{_short(f['low'])}, {_short(f['high'])}]"
             groups.setdefault(key, []).append(shown)
         lines = [f"{self.task}, with 95 % bootstrap intervals over patients"]
-        for (section, method, share), shown in groups.items():
+        for (section, method, share), figures in groups.items():
             labels = "" if share == 1 else f", {100 * share:g} % of the labels"
-            lines.append(f"  {section}, {method}{labels}: {'; '.join(shown)}")
+            lines.append(f"  {section}, {method}{labels}: {'; '.join(figures)}")
         return "\n".join(lines)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text)
+
+    save_atomic(write, path)
 
 
 def _rounded(value: Any) -> Any:

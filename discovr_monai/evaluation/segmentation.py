@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,12 +22,12 @@ from tqdm import tqdm
 from discovr_monai.data.datalist import Datalist
 from discovr_monai.data.masks import read_masks, window_masks
 from discovr_monai.data.transforms import LoadCined
-from discovr_monai.evaluation.encoders import EvaluatedEncoder, FrozenEncoder
+from discovr_monai.evaluation.encoders import Backbone, EvaluatedEncoder, FrozenEncoder
 from discovr_monai.evaluation.features import check_splits, subset_by_patient
 from discovr_monai.evaluation.fitting import fit, last_blocks, scaled_groups
 from discovr_monai.evaluation.labels import values_of
-from discovr_monai.evaluation.segmentation_report import Case, report
 from discovr_monai.evaluation.results import Results
+from discovr_monai.evaluation.segmentation_report import Case, report
 from discovr_monai.types import CineError, DatalistRow
 
 HEADS = ("linear", "conv")
@@ -87,17 +87,16 @@ class SegmentationHead(nn.Module):
         if kind == "linear":
             self.layers = nn.Sequential(norm, nn.Conv2d(dim, out, 1))
         else:
-            up = {"scale_factor": 2, "mode": "bilinear"}
             self.layers = nn.Sequential(
                 norm,
                 nn.Conv2d(dim, 128, 3, padding=1),
                 nn.GroupNorm(8, 128),
                 nn.GELU(),
-                nn.Upsample(**up),
+                nn.Upsample(scale_factor=2, mode="bilinear"),
                 nn.Conv2d(128, 64, 3, padding=1),
                 nn.GroupNorm(8, 64),
                 nn.GELU(),
-                nn.Upsample(**up),
+                nn.Upsample(scale_factor=2, mode="bilinear"),
                 nn.Conv2d(64, out, 1),
             )
 
@@ -119,7 +118,7 @@ class Segmenter(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Backbone,
         head: SegmentationHead,
         blocks: int = 0,
         *,
@@ -132,17 +131,17 @@ class Segmenter(nn.Module):
         if blocks:
             if not isinstance(encoder, FrozenEncoder):
                 raise ValueError("simple features have no blocks to train: set blocks to 0")
-            self.encoder = copy.deepcopy(encoder)
+            self.encoder = own = copy.deepcopy(encoder)
             self.groups += last_blocks(
-                self.encoder.encoder, blocks, layer_decay=layer_decay, weight_decay=weight_decay
+                own.encoder, blocks, layer_decay=layer_decay, weight_decay=weight_decay
             )
 
     def tokens(self, clip: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, t, h, w, d); with gradient only if blocks are trained."""
         if not self.blocks:
-            return self.encoder.tokens(clip)  # type: ignore[operator]
+            return self.encoder.tokens(clip)
         found = self.encoder(clip)[:, :, 1:]
-        return found.reshape(len(clip), *self.encoder.grid, -1)  # type: ignore[misc]
+        return found.reshape(len(clip), *self.encoder.grid, -1)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (B, classes, h', w') of one frame of each sample.
@@ -178,7 +177,9 @@ class Labelled:
 class LabelledClips(Dataset):
     """Clips around labelled frames: "image" uint8, "position", "labels" at the network's size."""
 
-    def __init__(self, items: Sequence[Labelled], loader: LoadCined, like: EvaluatedEncoder) -> None:
+    def __init__(
+        self, items: Sequence[Labelled], loader: LoadCined, like: EvaluatedEncoder
+    ) -> None:
         self.items, self.loader, self.like = list(items), loader, like
 
     def __len__(self) -> int:
@@ -186,8 +187,8 @@ class LabelledClips(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item, like = self.items[index], self.like
-        tubelet = int(like.module.tubelet_size)  # type: ignore[arg-type]
-        row = self.loader(item.row)
+        tubelet = like.module.tubelet_size
+        row = self.loader(cast(dict, item.row))
         cine = row["image"]
         steps, position = frames_around(
             cine.shape[1],
@@ -269,7 +270,7 @@ class Segmentation:
     def run(self) -> dict:
         """Evaluates, writes, returns the results."""
         held = self._inputs(self._labelled(self.rows[self.validation]))
-        self.results.facts["grid"] = list(self.encoder.module.grid)  # type: ignore[arg-type]
+        self.results.facts["grid"] = list(self.encoder.module.grid)
         for fraction in self.label_fractions:
             kept = subset_by_patient(self.rows[self.train], fraction, self.seed)
             rows = [self.rows[self.train][i] for i in kept]
@@ -282,7 +283,7 @@ class Segmentation:
                     f"{self.head} head" + (f", last {self.blocks} blocks" if self.blocks else ""),
                     cases,
                     self.structures,
-                    grid=self.encoder.module.grid[1:],  # type: ignore[index]
+                    grid=self.encoder.module.grid[1:],
                     label_fraction=fraction,
                     draw=fraction == max(self.label_fractions),
                     fps=self.fps,
@@ -309,7 +310,7 @@ class Segmentation:
         found = []
         for row in rows:
             masks = self._masks(row)
-            frames = [row[k] for k in ("ed_frame", "es_frame") if row.get(k) is not None]  # type: ignore[literal-required]
+            frames = [row[k] for k in ("ed_frame", "es_frame") if row.get(k) is not None]
             if not frames:
                 frames = np.flatnonzero(masks.any((1, 2))).tolist()
             bad = [f for f in frames if not 0 <= f < len(masks)]
@@ -324,7 +325,7 @@ class Segmentation:
             raise ValueError("no frame of the datalist is labelled: nothing to train on")
         return found
 
-    def _inputs(self, items: Sequence[Labelled]) -> Dataset:
+    def _inputs(self, items: Sequence[Labelled]) -> LabelledClips | TensorDataset:
         """Clips, or their tokens where the backbone is frozen: computed once."""
         clips = LabelledClips(items, self.loader, self.encoder)
         if self.blocks:
@@ -332,7 +333,7 @@ class Segmentation:
         tokens, positions, labels = [], [], []
         network = self.encoder.module
         for batch in tqdm(DataLoader(clips, self.batch_size), desc="tokens", unit="batch"):
-            found = network.tokens(self.encoder.prepare(batch, self.encoder.device))  # type: ignore[operator]
+            found = network.tokens(self.encoder.prepare(batch, self.encoder.device))
             tubelet = batch["position"] // network.tubelet_size
             tokens.append(found[torch.arange(len(tubelet)), tubelet].float().cpu())
             positions.append(batch["position"])
@@ -350,11 +351,13 @@ class Segmentation:
 
     # ---- training ------------------------------------------------------------------------
 
-    def _fit(self, train: Dataset, held: Dataset) -> Segmenter:
+    def _fit(
+        self, train: LabelledClips | TensorDataset, held: LabelledClips | TensorDataset
+    ) -> Segmenter:
         torch.manual_seed(self.seed)
         module = self.encoder.module
         classes = len(self.structures) + 1
-        head = SegmentationHead(module.token_dim, classes, module.tubelet_size, self.head)  # type: ignore[arg-type]
+        head = SegmentationHead(module.token_dim, classes, module.tubelet_size, self.head)
         network = Segmenter(
             module,
             head,
@@ -364,7 +367,7 @@ class Segmentation:
         ).to(self.encoder.device)
         loss = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False)
         generator = torch.Generator().manual_seed(self.seed)
-        size = min(self.batch_size, len(train))  # type: ignore[arg-type]
+        size = min(self.batch_size, len(train))
         loader = DataLoader(train, size, shuffle=True, drop_last=True, generator=generator)
         checks = DataLoader(held, self.batch_size)
 
@@ -376,7 +379,7 @@ class Segmentation:
             for batch in checks:
                 inputs, labels = self._prepare(batch)
                 found.append(float(loss(full(network(inputs), labels), labels)) * len(labels))
-            return sum(found) / len(held)  # type: ignore[arg-type]
+            return sum(found) / len(held)
 
         fit(
             network,
@@ -397,13 +400,14 @@ class Segmentation:
 
     def _cases(self, network: Segmenter, rows: Sequence[DatalistRow], section: str) -> list[Case]:
         return [
-            self._case(network, row) for row in tqdm(rows, desc=f"segmenting {section}", unit="cine")
+            self._case(network, row)
+            for row in tqdm(rows, desc=f"segmenting {section}", unit="cine")
         ]
 
     @torch.no_grad()
     def _case(self, network: Segmenter, row: DatalistRow) -> Case:
         """Label maps of a cine at its own resolution."""
-        loaded = self.loader(row)
+        loaded = self.loader(cast(dict, row))
         cine, labels = loaded["image"], self._masks(row)
         items = self._labelled([row]) if not self.every_frame else []
         wanted = sorted({i.frame for i in items}) if items else range(cine.shape[1])

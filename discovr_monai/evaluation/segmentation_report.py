@@ -67,15 +67,15 @@ def frame_figures(
         found[f"dice_{name}"] = dice(a, b)
         hd95 = assd = float("nan")
         if a.any() and b.any():
-            masks = [torch.from_numpy(m)[None, None].float() for m in (b, a)]
+            y_pred, y = (torch.from_numpy(m)[None, None].float() for m in (b, a))
             hd95 = float(
                 compute_hausdorff_distance(
-                    *masks, include_background=True, percentile=95, spacing=list(spacing)
+                    y_pred, y, include_background=True, percentile=95, spacing=list(spacing)
                 )
             )
             assd = float(
                 compute_average_surface_distance(
-                    *masks, include_background=True, symmetric=True, spacing=list(spacing)
+                    y_pred, y, include_background=True, symmetric=True, spacing=list(spacing)
                 )
             )
         found[f"hd95_{name}"], found[f"assd_{name}"] = hd95, assd

@@ -51,7 +51,9 @@ def estimate(
         metrics: weights (..., M) -> {name: (...)}.
         patients: (M,).
     """
-    weights = np.concatenate((np.ones((1, len(patients))), bootstrap_weights(patients, draws, seed)))
+    weights = np.concatenate(
+        (np.ones((1, len(patients))), bootstrap_weights(patients, draws, seed))
+    )
     found = {}
     for name, values in metrics(weights).items():
         drawn = values[1:][np.isfinite(values[1:])]
@@ -184,7 +186,9 @@ def regression_metrics(
         "mae": _ratio(weights @ np.abs(error), total),
         "rmse": np.sqrt(square),
         "r2": 1 - _ratio(square, np.where(spread_t > tiny, spread_t, 0)),
-        "pearson": _ratio(shared, np.sqrt(np.where(spread_t * spread_p > tiny, spread_t * spread_p, 0))),
+        "pearson": _ratio(
+            shared, np.sqrt(np.where(spread_t * spread_p > tiny, spread_t * spread_p, 0))
+        ),
     }
 
 

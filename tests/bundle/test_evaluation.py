@@ -58,7 +58,9 @@ def test_each_config_runs_by_its_command(evaluate, bundle, labelled, task):  # n
     assert not any(name in text for name in names)  # salted ids only
     store = bundle / "output" / "mlruns.db"
     with sqlite3.connect(store) as database:
-        runs = database.execute("select name from runs where name like ?", (f"{task}-%",)).fetchall()
+        runs = database.execute(
+            "select name from runs where name like ?", (f"{task}-%",)
+        ).fetchall()
         params = " ".join(v for (v,) in database.execute("select value from params"))
     assert len(runs) == 1
     assert str(labelled.parent) not in params

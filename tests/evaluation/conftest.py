@@ -48,7 +48,13 @@ def labelled(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("labelled") / "phantom"
     write_phantom_dataset(
-        folder, num_clips=30, num_frames=20, size=64, seed=3, workers=1, progress=False,
+        folder,
+        num_clips=30,
+        num_frames=20,
+        size=64,
+        seed=3,
+        workers=1,
+        progress=False,
         population="adult",
     )
     found = json.loads((folder / "datalist.json").read_text())

@@ -81,7 +81,11 @@ def results(tmp_path):
 
 def test_knn_is_the_weighted_vote():
     rng = np.random.default_rng(0)
-    bank, labels, queries = rng.normal(size=(20, 5)), rng.integers(0, 3, 20), rng.normal(size=(4, 5))
+    bank, labels, queries = (
+        rng.normal(size=(20, 5)),
+        rng.integers(0, 3, 20),
+        rng.normal(size=(4, 5)),
+    )
     found = knn_scores(bank, labels, queries, k=7, temperature=0.07, classes=3)
     for query, row in zip(queries, found, strict=True):
         cosine = bank @ query / np.linalg.norm(bank, axis=1) / np.linalg.norm(query)
@@ -124,7 +128,9 @@ def test_probes_learn_what_is_there_and_nothing_else(results, probe):
 def test_c_is_chosen_on_validation():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(30, 200)), rng.integers(0, 2, 30)  # nothing to learn: shrink
-    _, chosen = fit_logistic(x, y, rng.normal(size=(60, 200)), rng.integers(0, 2, 60), [1e-4, 1, 100])
+    _, chosen = fit_logistic(
+        x, y, rng.normal(size=(60, 200)), rng.integers(0, 2, 60), [1e-4, 1, 100]
+    )
     assert chosen == 1e-4
 
 
@@ -325,7 +331,11 @@ def test_no_image_branch(tmp_path):
     from tests.evaluation.conftest import CLIP, SIZES
 
     network = Discovr(video=VisionTransformer(num_frames=4, tubelet_size=2, **SIZES))
-    state = {"format": 1, "about": describe_encoders(network, CLIP), "network": network.state_dict()}
+    state = {
+        "format": 1,
+        "about": describe_encoders(network, CLIP),
+        "network": network.state_dict(),
+    }
     torch.save(state, tmp_path / "v.pt")
     with pytest.raises(CheckpointError, match="trained without an image branch"):
         EvaluatedEncoder(tmp_path / "v.pt", branch="image_teacher")
