@@ -142,4 +142,9 @@ def next_steps(output_dir: str, mlflow: bool) -> str:
     if mlflow:
         lines.append(f"MLflow:     {folder / 'mlruns.db'}")
         lines.append(f"Next, look: mlflow ui --backend-store-uri sqlite:///{folder / 'mlruns.db'}")
+    lines.append(
+        "Evaluate:   python -m monai.bundle run evaluating --config_file configs/knn.yaml --ckpt "
+        f"{folder / 'last.pt'} (labels in the datalist; also linear_probe, lvef, segmentation, "
+        "anomaly)"
+    )
     return "\n".join(lines)

@@ -19,6 +19,8 @@ RUN_BY = {
     f"../../.venv/bin/python {TRAIN} --dataset_dir /your/cines": "test_a_mixed_folder_just_works",
     "torchrun --standalone --nproc_per_node=8 -m monai.bundle run training --config_file "
     "\"['configs/train.yaml','configs/paper.yaml','configs/multi_gpu_train.yaml']\"": "test_two_processes_train_and_stay_equal",
+    "../../.venv/bin/python -m monai.bundle run evaluating --config_file configs/knn.yaml "
+    "--ckpt output/pretrain/last.pt": "test_each_config_runs_by_its_command",
     "python benchmarks/parity.py FILE.npz": "test_every_expected_output_is_reproduced",
     "pip install .": "test_a_plain_install_builds",
 }
