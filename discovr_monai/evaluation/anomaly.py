@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from discovr_monai.evaluation.features import Features
+from discovr_monai.evaluation.features import Features, subset_by_patient
 from discovr_monai.evaluation.knn import unit
 from discovr_monai.evaluation.labels import class_labels
 from discovr_monai.evaluation.plots import draw_map, draw_roc
@@ -41,6 +41,8 @@ class Anomaly:
         train, validation, test: sections.
         k: neighbours.
         pooling: "cls", "mean" or "both".
+        label_fractions: shares of the training and validation patients, 1 among them.
+        seed: of the shares.
     """
 
     def __init__(
@@ -55,10 +57,13 @@ class Anomaly:
         test: Sequence[str] = ("test",),
         k: int = 5,
         pooling: str = "mean",
+        label_fractions: Sequence[float] = (1.0,),
+        seed: int = 0,
     ) -> None:
         self.features, self.results, self.classes = features, results, list(classes)
         self.label_key, self.train, self.validation = label_key, train, validation
         self.test, self.k, self.pooling = list(test), k, pooling
+        self.label_fractions, self.seed = list(label_fractions), seed
 
     def run(self) -> dict:
         """Evaluates, writes, returns the results."""
@@ -68,25 +73,38 @@ class Anomaly:
             for name in (self.train, self.validation, *self.test)
         }
         x = {name: self.features[name].pooled(self.pooling) for name in labels}
-        bank = x[self.train][labels[self.train] == 0]
-        tuning = anomaly_scores(bank, x[self.validation], self.k)
-        threshold = best_threshold(labels[self.validation] > 0, tuning)
-        self.results.facts["threshold"] = float(f"{threshold:.6g}")
+        for fraction in self.label_fractions:
+            self._evaluate(x, labels, fraction)
+        return self.results.finish()
+
+    def _evaluate(
+        self, x: dict[str, np.ndarray], labels: dict[str, np.ndarray], fraction: float
+    ) -> None:
+        rows, kept = self.features.rows, {}
+        for name in (self.train, self.validation):
+            kept[name] = subset_by_patient(rows[name], fraction, self.seed, labels[name])
+        training, held = kept[self.train], kept[self.validation]
+        bank = x[self.train][training][labels[self.train][training] == 0]
+        tuning = anomaly_scores(bank, x[self.validation][held], self.k)
+        threshold = best_threshold(labels[self.validation][held] > 0, tuning)
+        self.results.facts.setdefault("thresholds", []).append(float(f"{threshold:.6g}"))
         for section in self.test:
             truth, scores = labels[section] > 0, anomaly_scores(bank, x[section], self.k)
             method = f"{self.k} nearest"
-            self.results.add(
-                section,
-                method,
-                rows[section],
-                lambda w, t=truth, s=scores: {  # type: ignore[misc]
+
+            def metrics(w: np.ndarray, t: np.ndarray = truth, s: np.ndarray = scores) -> dict:
+                said = s >= threshold
+                return {
                     "auroc": auroc(t, s, w),
                     "aupr": average_precision(t, s, w),
-                    "f1": f1(t, s >= threshold, w),
-                },
+                    "f1": f1(t, said, w),
+                }
+
+            self.results.add(section, method, rows[section], metrics, label_fraction=fraction)
+            self.results.predict(
+                section, method, rows[section], fraction, truth=truth, score=scores
             )
-            self.results.predict(section, method, rows[section], truth=truth, score=scores)
-            picture = self.results.picture
-            draw_roc(picture(f"{section}_roc.png"), truth[:, None], scores[:, None], ["abnormal"])
-            draw_map(picture(f"{section}_map.png"), x[section], scores, None, "anomaly score")
-        return self.results.finish()
+            if fraction == max(self.label_fractions):
+                picture, names = self.results.picture, ["abnormal"]
+                draw_roc(picture(f"{section}_roc.png"), truth[:, None], scores[:, None], names)
+                draw_map(picture(f"{section}_map.png"), x[section], scores, None, "anomaly score")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from discovr_monai.evaluation.features import Features
+from discovr_monai.evaluation.features import Features, subset_by_patient
 from discovr_monai.evaluation.labels import class_labels
 from discovr_monai.evaluation.plots import draw_confusion, draw_map, draw_roc
 from discovr_monai.evaluation.results import Results
@@ -66,6 +66,8 @@ class KNN:
         k: neighbours, several.
         temperature: of the vote.
         pooling: "cls", "mean" or "both".
+        label_fractions: shares of the bank's patients, 1 among them.
+        seed: of the shares.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class KNN:
         k: Sequence[int] = (1, 5, 10, 20),
         temperature: float = 0.07,
         pooling: str = "mean",
+        label_fractions: Sequence[float] = (1.0,),
+        seed: int = 0,
     ) -> None:
         if temperature <= 0:
             raise ValueError(f"temperature {temperature} must be above 0")
@@ -87,6 +91,7 @@ class KNN:
         self.classes, self.label_key = list(classes), label_key
         self.bank, self.test = bank, list(test)
         self.k, self.temperature, self.pooling = list(k), temperature, pooling
+        self.label_fractions, self.seed = list(label_fractions), seed
 
     def run(self) -> dict:
         """Evaluates, writes, returns the results."""
@@ -95,24 +100,34 @@ class KNN:
             name: class_labels(rows[name], self.label_key, self.classes, name)
             for name in (self.bank, *self.test)
         }
-        bank = self.features[self.bank].pooled(self.pooling)
+        bank, voters = self.features[self.bank].pooled(self.pooling), labels[self.bank]
         for section in self.test:
             queries, truth = self.features[section].pooled(self.pooling), labels[section]
-            for k in self.k:
-                scores = knn_scores(
-                    bank, labels[self.bank], queries, k, self.temperature, len(self.classes)
-                )
-                self._report(section, f"k={k}", scores, truth)
+            for fraction in self.label_fractions:
+                kept = subset_by_patient(rows[self.bank], fraction, self.seed, voters)
+                for k in self.k:
+                    scores = knn_scores(
+                        bank[kept], voters[kept], queries, k, self.temperature, len(self.classes)
+                    )
+                    self._report(section, f"k={k}", scores, truth, fraction)
             draw_map(
                 self.results.picture(f"{section}_map.png"), queries, truth, self.classes, section
             )
         return self.results.finish()
 
-    def _report(self, section: str, method: str, scores: np.ndarray, truth: np.ndarray) -> None:
+    def _report(
+        self, section: str, method: str, scores: np.ndarray, truth: np.ndarray, fraction: float
+    ) -> None:
         rows = self.features.rows[section]
-        self.results.add(section, method, rows, lambda w: classification_metrics(truth, scores, w))
-        self.results.predict(section, method, rows, truth=truth, score=scores)
-        if method == f"k={self.k[-1]}":
+        self.results.add(
+            section,
+            method,
+            rows,
+            lambda w: classification_metrics(truth, scores, w),
+            label_fraction=fraction,
+        )
+        self.results.predict(section, method, rows, fraction, truth=truth, score=scores)
+        if method == f"k={self.k[-1]}" and fraction == max(self.label_fractions):
             table = confusion(truth, scores.argmax(1), np.ones(len(truth)), len(self.classes))
             draw_confusion(
                 self.results.picture(f"{section}_confusion.png"),

@@ -135,11 +135,17 @@ def test_c_is_chosen_on_validation():
 
 
 def test_few_labels_by_one_key(results):
-    content = LinearProbe(
-        features(), results, classes=CLASSES, label_fractions=[0.05, 0.5, 1.0]
-    ).run()
-    assert {r["label_fraction"] for r in content["results"]} == {0.05, 0.5, 1.0}
-    assert (results.folder / "few_labels.png").exists()
+    shares = [0.05, 0.5, 1.0]
+    for task, options in [
+        (LinearProbe, {"classes": CLASSES}),
+        (KNN, {"classes": CLASSES, "k": [1]}),
+        (Anomaly, {"classes": CLASSES, "k": 1}),
+        (LVEF, {}),
+    ]:
+        mine = Results(task.__name__, results.folder / task.__name__, draws=20)
+        content = task(features(), mine, label_fractions=shares, **options).run()
+        assert {r["label_fraction"] for r in content["results"]} == set(shares)
+    assert (results.folder / "LinearProbe" / "few_labels.png").exists()
 
 
 def test_subsets_are_nested_and_hold_every_class():
