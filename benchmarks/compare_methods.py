@@ -1,8 +1,8 @@
 """The methods under one protocol: pretrain each, evaluate each, write docs/results.md.
 
-    python benchmarks/compare_methods.py run            hours; goes on where it stopped
-    python benchmarks/compare_methods.py run --quick    a size that ends within an hour
-    python benchmarks/compare_methods.py report         docs/results.md from the JSONs
+    python benchmarks/compare_methods.py run [--jobs 2]   hours; goes on where it stopped
+    python benchmarks/compare_methods.py run --quick      a size that ends within an hour
+    python benchmarks/compare_methods.py report           docs/results.md from the JSONs
 
 Data, sizes, seeds and settings are in protocol.yaml, which is written before any result is seen.
 Each finished (method, seed) leaves benchmarks/results/SIZE/METHOD-SEED.json; what is there for
@@ -15,8 +15,10 @@ import argparse
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,30 +178,40 @@ def _columns(task: str, rows: list[dict[str, Any]]) -> dict[str, dict[str, list]
     return out
 
 
-def run(size: str, work: Path, only: list[str] | None) -> None:
-    """Everything that is not done yet, the first seed of every method first."""
-    plan = protocol(size)
-    if not (work / "data" / "datalist.json").exists():
-        make_data(plan, work / "data")
-    runs = work / f"{size}-{plan['key']}"
-    jobs = [
-        (number, name, seed)
-        for name, method in plan["methods"].items()
-        for number, seed in enumerate(method.get("seeds", plan["size"]["seeds"]))
-        if number < len(plan["size"]["seeds"]) and (only is None or name in only)
-    ]
-    for _, name, seed in sorted(jobs, key=lambda job: job[0]):
-        target = RESULTS / size / f"{name}-{seed}.json"
-        if target.exists() and json.loads(target.read_text())["protocol"] == plan["key"]:
+def finished(size: str, name: str, seed: int, plan: dict[str, Any]) -> bool:
+    """Whether a method's seed has its JSON of this protocol."""
+    target = RESULTS / size / f"{name}-{seed}.json"
+    return target.exists() and json.loads(target.read_text())["protocol"] == plan["key"]
+
+
+def open_groups(size: str, plan: dict[str, Any], only: list[str] | None) -> list[tuple[str, int]]:
+    """(checkpoint, seed) of what is not done, the first seed of every method first."""
+    found: dict[tuple[int, str, int], None] = {}
+    seeds = plan["size"]["seeds"]
+    for name, method in plan["methods"].items():
+        for number, seed in enumerate(method.get("seeds", seeds)[: len(seeds)]):
+            if (only is None or name in only) and not finished(size, name, seed, plan):
+                found[number, method.get("checkpoint", name), seed] = None
+    return [(source, seed) for _, source, seed in sorted(found, key=lambda job: job[0])]
+
+
+def run_group(size: str, plan: dict[str, Any], work: Path, source: str, seed: int) -> None:
+    """Pretrains one checkpoint and evaluates every method that looks at it."""
+    import torch
+
+    os.environ["DISCOVR_MONAI_SALT"] = "benchmark"
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    folder = work / f"{size}-{plan['key']}" / f"{source}-{seed}"
+    print(f"== {source}, seed {seed}: pretraining", flush=True)
+    cost = pretrain(source, seed, plan, work, folder)
+    for name, method in plan["methods"].items():
+        wanted = seed in method.get("seeds", plan["size"]["seeds"])
+        same = method.get("checkpoint", name) == source
+        if not (same and wanted) or finished(size, name, seed, plan):
             continue
-        method = plan["methods"][name]
-        source = method.get("checkpoint", name)
-        print(f"== {name}, seed {seed}: pretraining", flush=True)
-        cost = pretrain(source, seed, plan, work, runs / f"{source}-{seed}")
         print(f"== {name}, seed {seed}: evaluation", flush=True)
-        os.environ["DISCOVR_MONAI_SALT"] = "benchmark"
         start = time.perf_counter()
-        folder = runs / f"{source}-{seed}"
         branch = method.get("branch", "video_teacher")
         evaluated = evaluate(folder / "last.pt", branch, plan, work, folder / f"eval-{branch}")
         content = {
@@ -207,25 +219,57 @@ def run(size: str, work: Path, only: list[str] | None) -> None:
             "seed": seed,
             "protocol": plan["key"],
             **(cost if source == name else {}),
+            "threads": torch.get_num_threads(),
             "evaluation_seconds": round(time.perf_counter() - start, 1),
             **evaluated,
         }
+        target = RESULTS / size / f"{name}-{seed}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(content))
-        print(f"== {name}, seed {seed}: {target.name}", flush=True)
+        print(f"== {name}, seed {seed}: done", flush=True)
+
+
+def run(size: str, work: Path, only: list[str] | None, jobs: int) -> None:
+    """Everything that is not done yet; with several jobs, each on its share of the cores."""
+    plan = protocol(size)
+    if not (work / "data" / "datalist.json").exists():
+        make_data(plan, work / "data")
+    groups = open_groups(size, plan, only)
+    if jobs == 1:
+        for source, seed in groups:
+            run_group(size, plan, work, source, seed)
+        return
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+
+    def one(group: tuple[str, int]) -> int:
+        command = [sys.executable, __file__, "group", group[0], str(group[1])]
+        command += ["--work", str(work), *(["--quick"] if size == "quick" else [])]
+        return subprocess.run(command, env=environment).returncode
+
+    with ThreadPoolExecutor(jobs) as pool:
+        codes = list(pool.map(one, groups))
+    failed = [f"{s}-{n}" for (s, n), code in zip(groups, codes, strict=True) if code]
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; see train.log in their folders")
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("what", choices=("run", "report", "group"))
+    parser.add_argument("group", nargs="*", help=argparse.SUPPRESS)  # checkpoint and seed
     parser.add_argument("--quick", action="store_true", help="the small size, for a look")
     parser.add_argument("--work", type=Path, default=Path("output/compare"))
     parser.add_argument("--only", nargs="+", help="these methods")
+    parser.add_argument("--jobs", type=int, default=1, help="at once, sharing the cores")
     options = parser.parse_args()
-    size = "quick" if options.quick else "recorded"
+    size, work = "quick" if options.quick else "recorded", options.work.resolve()
+    if options.what == "group":
+        run_group(size, protocol(size), work, options.group[0], int(options.group[1]))
+        return
     if options.what == "run":
-        run(size, options.work.resolve(), options.only)
+        run(size, work, options.only, options.jobs)
     from comparison_report import write_report
 
     write_report(protocol(size), RESULTS / size, HERE.parent / "docs")
