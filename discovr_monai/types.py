@@ -21,6 +21,7 @@ class CineError(ValueError):
     """
 
     def __init__(self, name: str, problem: str, remedy: str, kind: str = "unreadable") -> None:
+        name = name.encode("utf-8", "backslashreplace").decode()  # any name can be shown
         super().__init__(f"{name}: {problem}. {remedy}")
         self.name, self.problem, self.remedy, self.kind = name, problem, remedy, kind
 
@@ -79,27 +80,41 @@ class DatalistRow(TypedDict, total=False):
     """One cine of a datalist; only ``image`` is required.
 
     ``image`` is a path relative to the data root, ``patient`` any string that is equal for
-    cines of one patient, ``id`` a salted name that may be logged, ``fps`` overrides the
-    file's own, ``label`` is 0 normal or 1 abnormal, ``ef`` percent, ``edv`` and ``esv`` mL,
-    ``mask`` a relative path to a (T, H, W) label map, ``spacing`` mm per pixel (row, column) of
-    the frames as they are in the file.
+    cines of one patient, ``study`` likewise of one examination, ``id`` a salted name that may be
+    logged, ``fps`` overrides the file's own and ``fps_source`` says where it is from, ``view`` is
+    A4C, A2C, PSAX, PLAX, ..., ``fold`` the data set's own cross-validation fold, ``label`` is 0
+    normal or 1 abnormal, ``ef`` percent, ``edv`` and ``esv`` mL, ``ed_frame`` and ``es_frame``
+    count from 0, ``mask`` is a relative path to a (T, H, W) label map or a reference that
+    :func:`discovr_monai.data.masks.read_masks` understands, ``spacing`` mm per pixel (row,
+    column) of the frames as they are in the file, ``measurements`` lengths in mm by name,
+    ``first`` where the cine begins in a shard of several.
     """
 
     image: str
     id: str
     patient: str
+    study: str
+    view: str
+    fold: int
+    split: str
+    first: int
     fps: float
+    fps_source: str
     num_frames: int
     label: int
     ef: float
+    rvef: float
     edv: float
     esv: float
     ed_frame: int
     es_frame: int
     population: str
     kind: str
-    mask: str
+    site: str
+    quality: str
+    mask: str | dict[str, Any]
     spacing: list[float]
+    measurements: dict[str, float]
 
 
 @dataclass(slots=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from discovr_monai.data.privacy import load_salt, salted_id
+from discovr_monai.data.tables import shown, write_table
 from discovr_monai.data.transforms import LoadCined
+from discovr_monai.data.workers import run_isolated
 from discovr_monai.distributed import barrier, rank
 from discovr_monai.types import CineError, DatalistRow
 
@@ -119,7 +119,7 @@ def load_datalist(
     salt = load_salt()
     for rows in found.sections.values():
         for row in rows:
-            row["id"] = salted_id(row["image"], salt)
+            row["id"] = salted_id(f"{row['image']}{row.get('first', '')}", salt)
     return found
 
 
@@ -147,13 +147,13 @@ def _read_json(path: Path, root: Path) -> dict[str, list[DatalistRow]]:
             f'an "image" each, such as {{"training": [{{"image": "a.avi"}}]}} ({error})'
         ) from error
     resolved = root.resolve()
-    for name in names:
+    for name in dict.fromkeys(names):
         if Path(name).is_absolute() or not (root / name).resolve().is_relative_to(resolved):
             raise ValueError(
                 f"datalist {path.name!r} points outside the data folder ({Path(name).name!r}): "
                 "use paths relative to dataset_dir"
             )
-    missing = [name for name in names if not (root / name).exists()]
+    missing = [name for name in dict.fromkeys(names) if not (root / name).exists()]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(names)} files of datalist {path.name!r} do not exist, the "
@@ -183,7 +183,7 @@ def scan_folder(
     Raises:
         ValueError: if the folder is empty or holds nothing usable.
     """
-    files = sorted(_walk(root))
+    files = sorted(walk(root))
     if not files:
         raise ValueError(f"dataset_dir {root.name!r} is empty. Put cines into it")
     index = output_dir / "scan.json"
@@ -201,13 +201,13 @@ def scan_folder(
     bad = [(n, *found[n]["bad"]) for n in files if "bad" in found[n]]
     report = output_dir / "bad_files.csv" if bad else None
     if report is not None and not quiet:
-        _write_report(report, bad)
+        write_table(report, ("file", "kind", "reason", "what to do"), bad)
         print(f"{len(bad)} of {len(files)} files set aside, reasons in {report.name}")
     if not rows:
         raise ValueError(
             f"dataset_dir {root.name!r} holds no usable cine: all {len(files)} files were set "
             f"aside, the reasons are in bad_files.csv in the output folder; the first: "
-            f"{bad[0][0]}: {bad[0][2]}"
+            f"{shown(bad[0][0])}: {bad[0][2]}"
         )
     return Datalist(split_by_patient(rows, val_fraction, seed), len(bad), report)
 
@@ -227,8 +227,8 @@ def split_by_patient(
     }
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Files below root, links followed nowhere, hidden and our own files left out."""
+def walk(root: Path) -> Iterator[str]:
+    """Files below root, links to folders not followed, hidden and our own files left out."""
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if not f.startswith(".")]
         for name in names:
@@ -255,6 +255,8 @@ def _load_index(index: Path) -> dict[str, Any]:
 
 def check_file(name: str, loader: LoadCined, salt: bytes) -> dict[str, Any]:
     """{"row": ...} for a usable cine, {"bad": (kind, problem, remedy)} for another file."""
+    if not (loader.root / name).resolve().is_relative_to(loader.root.resolve()):
+        return {"bad": ("refused", "it is a link that leads outside the folder", "Copy the file")}
     try:
         frames, fps, *_ = loader.load(name)
     except CineError as error:
@@ -265,13 +267,14 @@ def check_file(name: str, loader: LoadCined, salt: bytes) -> dict[str, Any]:
         kind = type(error).__name__
         return {"bad": ("unreadable", f"reading it failed ({kind})", "Report it, leave it out")}
     row: dict[str, Any] = {"image": name, "num_frames": len(frames)}
-    row["patient"] = salted_id(_patient(loader.root / name) or f"file {name}", salt)
+    row["patient"] = salted_id(patient_of(loader.root / name) or f"file {name}", salt)
     if fps:
         row["fps"] = fps
     return {"row": row}
 
 
-def _patient(path: Path) -> str | None:
+def patient_of(path: Path) -> str | None:
+    """A DICOM file's PatientID, None for others; to be salted before it goes anywhere."""
     if path.suffix.lower() not in ("", ".dcm", ".dicom"):
         return None
     from discovr_monai.data.cine_dicom import open_dicom
@@ -286,26 +289,18 @@ def _patient(path: Path) -> str | None:
 def _check_all(
     names: Sequence[str], loader: LoadCined, salt: bytes, workers: int | None, quiet: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    bar = {"desc": "reading cines", "unit": "file", "disable": quiet or not names}
+    bar = tqdm(desc="reading cines", unit="file", total=len(names), disable=quiet or not names)
     workers = min(workers or os.cpu_count() or 1, 1 + len(names) // 64)
-    if workers <= 1:
-        for name in tqdm(names, **bar):
-            yield name, check_file(name, loader, salt)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        checks = pool.map(
-            check_file, names, [loader] * len(names), [salt] * len(names), chunksize=16
-        )
-        yield from zip(names, tqdm(checks, total=len(names), **bar), strict=True)
-
-
-def _write_report(path: Path, bad: Sequence[tuple[str, str, str, str]]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("file", "kind", "reason", "what to do"))
-        writer.writerows(bad)
-    temporary.replace(path)
+    with bar:
+        if workers <= 1:
+            for name in names:
+                yield name, check_file(name, loader, salt)
+                bar.update()
+            return
+        check = partial(check_file, loader=loader, salt=salt)
+        for name, verdict, failure in run_isolated(check, names, workers=workers):
+            yield name, verdict if failure is None else {"bad": failure}
+            bar.update()
 
 
 def _write_json(path: Path, content: Any) -> None:

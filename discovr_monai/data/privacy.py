@@ -41,4 +41,6 @@ def load_salt(path: str | Path | None = None) -> bytes:
 
 def salted_id(value: str, salt: bytes, length: int = 12) -> str:
     """HMAC-SHA256 of ``value`` under ``salt``, the first ``length`` hexadecimal digits."""
-    return hmac.new(salt, value.encode(), hashlib.sha256).hexdigest()[:length]
+    return hmac.new(salt, value.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[
+        :length
+    ]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from discovr_monai.data.datalist import Datalist
-from discovr_monai.data.masks import read_masks, window_masks
+from discovr_monai.data.masks import mask_name, read_masks, window_masks
 from discovr_monai.data.transforms import LoadCined
 from discovr_monai.evaluation.encoders import Backbone, EvaluatedEncoder, FrozenEncoder
 from discovr_monai.evaluation.features import check_splits, subset_by_patient
@@ -64,6 +64,16 @@ def cover(length: int, num_frames: int, stride: int) -> Iterator[np.ndarray]:
             start = max(0, min(start, len(walk) - num_frames))  # the last one ends at the end
             clip = walk[start : start + num_frames]
             yield np.pad(clip, (0, num_frames - len(clip)), mode="edge")
+
+
+def _with_masks(rows: Sequence[DatalistRow], section: str) -> list[DatalistRow]:
+    """Rows with a mask; public sets lack a few tracings, which is said and allowed."""
+    kept = [r for r in rows if r.get("mask")]
+    if not kept:
+        values_of(rows, "mask", section, "Add paths of label maps to the datalist")
+    if len(kept) < len(rows):
+        print(f"section {section!r}: {len(rows) - len(kept)} of {len(rows)} cines have no mask")
+    return kept
 
 
 class SegmentationHead(nn.Module):
@@ -259,7 +269,7 @@ class Segmentation:
         self.rows = {n: data.rows(n) for n in dict.fromkeys((train, validation, *test))}
         check_splits(self.rows)
         for name, rows in self.rows.items():
-            values_of(rows, "mask", name, "Add paths of label maps to the datalist")
+            self.rows[name] = _with_masks(rows, name)
         self.structures = list(structures)
         self.train, self.validation, self.test = train, validation, list(test)
         self.head, self.blocks = head, blocks
@@ -295,11 +305,11 @@ class Segmentation:
     def _masks(self, row: DatalistRow) -> np.ndarray:
         """(T, S, S) labels of a cine, checked."""
         cine = self.loader.load(row["image"])
-        masks = read_masks(self.loader.root / row["mask"], row["mask"])
-        masks = window_masks(masks, cine.window, len(cine.frames), row["mask"])
+        shape = (len(cine.frames), *cine.window[:2])
+        masks = window_masks(read_masks(self.loader.root, row["mask"], shape), cine.window)
         if masks.max(initial=0) > len(self.structures):
             raise CineError(
-                row["mask"],
+                mask_name(row["mask"]),
                 f"label {int(masks.max())} is none of the {len(self.structures)} structures",
                 "Name it under structures in the config",
             )

@@ -123,16 +123,17 @@ def test_heads_give_a_map_for_each_frame_of_a_tubelet(kind):
 def test_masks_follow_the_window_and_the_padding():
     masks = np.zeros((2, 10, 20), np.uint8)
     masks[:, 4, 7] = 3
-    out = window_masks(masks, (10, 20, 2, 5, 6, 12), 2, "m.npz")
+    out = window_masks(masks, (10, 20, 2, 5, 6, 12))
     assert out.shape == (2, 12, 12)
     assert out[0, 3 + 2, 2] == 3 and out.sum() == 6
 
 
-def test_masks_of_other_frames_are_refused():
+def test_masks_of_other_frames_are_refused(tmp_path):
+    np.savez(tmp_path / "m.npz", mask=np.zeros((2, 9, 9), np.uint8))
     with pytest.raises(
         CineError, match=r"m.npz: the mask is 2 frames of 9 x 9, the cine 2 frames of 8 x 8"
     ):
-        window_masks(np.zeros((2, 9, 9)), (8, 8, 0, 0, 8, 8), 2, "m.npz")
+        read_masks(tmp_path, "m.npz", (2, 8, 8))
 
 
 def test_mask_files(tmp_path):
@@ -143,14 +144,14 @@ def test_mask_files(tmp_path):
     np.save(tmp_path / "a.npy", masks)
     nibabel.save(nibabel.Nifti1Image(masks.T, np.eye(4)), tmp_path / "a.nii.gz")
     for name in ("a.npz", "a.npy", "a.nii.gz"):
-        np.testing.assert_array_equal(read_masks(tmp_path / name, name), masks)
+        np.testing.assert_array_equal(read_masks(tmp_path, name, (2, 3, 4)), masks)
     (tmp_path / "b.npz").write_bytes(b"no")
     np.save(tmp_path / "c.npy", masks[0])
     for name, message in [
         ("none.npz", "does not exist"), ("b.npz", "cannot be read"), ("c.npy", "has shape")
     ]:  # fmt: skip
         with pytest.raises(CineError, match=f"{name}: the mask .*{message}"):
-            read_masks(tmp_path / name, name)
+            read_masks(tmp_path, name, (2, 3, 4))
 
 
 # ---- the task ------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""A plain folder of cines: every file that a reader knows, nothing about its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from discovr_monai.data.datalist import walk
+from discovr_monai.types import CineError, DatalistRow
+
+TITLE = "a folder of cines"
+LICENCE = "yours"
+SOURCE = "yours"
+
+
+def rows(root: Path, *, patient_from: str = "file") -> Iterator[DatalistRow | CineError]:
+    """A row per file; unreadable ones are set aside when training scans them.
+
+    Args:
+        root: any folder.
+        patient_from: "folder" takes the first folder's name as the patient, "file" the
+            DICOM's PatientID, else each file by itself.
+
+    Raises:
+        ValueError: for another ``patient_from``, or an empty folder.
+    """
+    from discovr_monai.data.datalist import patient_of
+
+    if patient_from not in ("file", "folder"):
+        raise ValueError(f"patient_from {patient_from!r} must be 'file' or 'folder'")
+    names = sorted(walk(root))
+    if not names:
+        raise ValueError(f"{root.name!r} is empty")
+    for name in names:
+        first, slash, _ = name.partition("/")
+        if patient_from == "folder" and slash:
+            patient = first
+        else:
+            patient = patient_of(root / name) or f"file {name}"
+        yield {"image": name, "patient": patient}
