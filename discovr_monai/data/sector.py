@@ -135,15 +135,14 @@ def fit_fan(moving: np.ndarray, largest: np.ndarray, lit: np.ndarray) -> Fan | N
     if y1 - y0 < 16 or x1 - x0 < 16:
         return None
     value = np.zeros(moving.shape, np.float32)  # what moves elsewhere is a trace or a clock
-    box = np.s_[: y1 + 1, x0 : x1 + 1]
+    box = np.s_[: y1 + 1]
     value[box] = np.maximum(moving[box] & (np.arange(y1 + 1) >= y0)[:, None], GLOW * lit[box])
     starts = [
         _polish(value, _edges(value, s, COARSE), COARSE) for s in _starts(value, (x0, y0, x1, y1))
     ]
-    judge = _Worth(value, COARSE, (x0, y0, x1, y1))
-    best = min(starts, key=lambda start: judge(start[0]))
+    best = min(starts, key=lambda start: _Worth(value, COARSE, start[1])(start[0]))
     best = _polish(value, _edges(value, best, FINE), FINE)
-    fan = _complete(best, (x0, y0, x1, y1))
+    fan = _complete(best)
     inside = fan.mask(moving.shape)
     held = (inside & largest).sum() / largest.sum()
     filled = (inside & moving).sum() / max(inside.sum(), 1)
@@ -219,15 +218,20 @@ def _edges(value: np.ndarray, start: tuple, side: int) -> tuple:
     worth = _Worth(value, side, box)
     dx, dy = worth.column - x, worth.row - y
     distance, angle = np.hypot(dx, dy), np.abs(np.arctan2(dx, dy) - tilt)
-    cut = np.abs(dx) <= max(x - box[0], box[2] - x) + 0.5
+    off, reach = np.abs(dx) + 0 * dy, max(x - box[0], box[2] - x)
     for _ in range(2):
-        ring = cut & (angle <= half)
+        ring = (off <= reach + 0.5) & (angle <= half)
         profile = np.bincount((distance[ring] / worth.step).astype(int), weights=worth.value[ring])
         first, last = _best_run(profile)
         near, far = first * worth.step if first > 1 else 0.0, (last + 1) * worth.step
-        wedge = cut & (distance >= near) & (distance <= far)
+        ring = (distance >= near) & (distance <= far)
+        wedge = ring & (off <= reach + 0.5)
         bins = np.bincount((angle[wedge] * 512).astype(int), weights=worth.value[wedge])
         half = (int(np.argmax(np.cumsum(bins))) + 1) / 512
+        wedge = ring & (angle <= half)  # of any width: dark sides are not joined to the rest
+        bins = np.bincount((off[wedge] / worth.step).astype(int), weights=worth.value[wedge])
+        reach = (int(np.argmax(np.cumsum(bins))) + 0.5) * worth.step
+    box = (x - reach, box[1], x + reach, box[3])
     return np.array([x, y, half, near, far, tilt]), box
 
 
@@ -265,9 +269,9 @@ def _polish(value: np.ndarray, start: tuple, side: int) -> tuple:
     return (tilted if other < value * 1.01 else upright), box
 
 
-def _complete(found: tuple, box: tuple[int, int, int, int]) -> Fan:
+def _complete(found: tuple) -> Fan:
     """The fan, a pixel inside its edges: better to lose a pixel than to keep a letter."""
-    (x, y, half, near, far, tilt), (x0, _, x1, y1) = found[0], box
+    (x, y, half, near, far, tilt), (x0, _, x1, y1) = found
     reach = max(x - x0, x1 - x)
     return Fan(
         x=float(x),
