@@ -1,4 +1,4 @@
-"""One reader for every kind of cine: AVI, MP4, MOV, MKV, DICOM, NIfTI, MHD.
+"""One reader for every kind of cine: AVI, MP4, MOV, MKV, DICOM, NIfTI, MHD, prepared NPY.
 
 Codec libraries are imported when a file needs them.
 """
@@ -6,6 +6,7 @@ Codec libraries are imported when a file needs them.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 # Grey cines stored in colour differ between channels by JPEG's rounding; markers and menus are
 # small. Colour is what more than 1 % of the pixels show by more than 24 grey levels.
 COLOUR_LEVELS, COLOUR_SHARE = 24, 0.01
+# What a file may grow to when decoded: far more than any codec makes of a cine, far less than a
+# decompression bomb.
+LARGEST, SMALLEST, GROWTH = 2 << 30, 256 << 20, 300
+SIDE = 8192  # pixels
 
 
 def read_cine(path: str | Path, *, name: str | None = None, color: str = "auto") -> Cine:
@@ -47,8 +52,21 @@ def read_cine(path: str | Path, *, name: str | None = None, color: str = "auto")
     name = name or path.name
     head = _head(path, name)
     reader = _reader(path, head, name)
-    cine = reader(path, name, color)
+    try:
+        cine = reader(path, name, color)
+    except CineError:
+        raise
+    except MemoryError as error:
+        raise CineError(name, "it does not fit into memory", "Shorten or shrink it") from error
+    except Exception as error:  # a library's own kinds for what it cannot read
+        raise CineError(
+            name, f"reading it failed ({type(error).__name__})", "Copy or export it again"
+        ) from error
     frames = cine.frames
+    if not all(frames.shape) or frames.dtype != np.uint8 or frames.ndim not in (3, 4):
+        raise CineError(
+            name, f"its frames have shape {frames.shape[1:]}", "Export it again", "not a cine"
+        )
     if len(frames) < 2:
         raise CineError(
             name, "it is a still: one frame", "Only cines of 2 or more frames train", "not a cine"
@@ -73,8 +91,34 @@ def _head(path: Path, name: str) -> bytes:
     return head
 
 
+def check_size(path: Path, name: str, shape: Sequence[int]) -> None:
+    """Refuses what would fill the memory, before it is decoded.
+
+    Args:
+        path: the file; a small file may not grow as large as a large one.
+        name: for the error.
+        shape: of the decoded frames in bytes, as far as it is known.
+
+    Raises:
+        CineError: over the limit.
+    """
+    limit = min(LARGEST, max(SMALLEST, GROWTH * path.stat().st_size))
+    size = 1
+    for n in shape:
+        size *= max(int(n), 1)
+    sides = [n for n in shape[1:3] if n > SIDE]
+    if size > limit or sides:
+        raise CineError(
+            name,
+            f"it would grow to {size / 1e9:.1f} GB of {' x '.join(str(n) for n in shape)}",
+            "It is damaged, or too long: cut it into shorter cines",
+        )
+
+
 def _reader(path: Path, head: bytes, name: str) -> Any:
     suffix = path.suffix.lower()
+    if head[:6] == b"\x93NUMPY":
+        return _read_npy
     if head[128:132] == b"DICM" or suffix in (".dcm", ".dicom"):
         from discovr_monai.data.cine_dicom import read_dicom
 
@@ -87,7 +131,7 @@ def _reader(path: Path, head: bytes, name: str) -> Any:
     if suffix in VIDEO or any(containers):
         return _read_video
     what = "text" if _is_text(head) else "not a cine format that we know"
-    known = "AVI, MP4, MOV, MKV, DICOM, NIfTI or MHD"
+    known = "AVI, MP4, MOV, MKV, DICOM, NIfTI, MHD or NPY"
     raise CineError(name, f"it is {what}", f"Convert it to {known}, or leave it out", "not a cine")
 
 
@@ -125,6 +169,22 @@ def plausible_fps(value: Any) -> float | None:
     return fps if 1 <= fps < 1000 else None
 
 
+def _read_npy(path: Path, name: str, color: str) -> Cine:
+    """A prepared cine, (T, H, W[, 3]) uint8, memory-mapped."""
+    frames = np.load(path, mmap_mode="r", allow_pickle=False)
+    if frames.dtype != np.uint8 or not (frames.ndim == 3 or frames.shape[3:] == (3,)):
+        raise CineError(
+            name,
+            f"it holds {frames.dtype} of shape {frames.shape}",
+            "Prepared cines are (T, H, W) uint8: make it with discovr-monai prepare",
+            "not a cine",
+        )
+    if frames.ndim == 4 or color == "rgb":
+        check_size(path, name, (*frames.shape[:3], 3))
+        frames = choose_colour(frames, color) if frames.ndim == 4 else _grey_or_rgb(frames, color)
+    return Cine(frames, None, "unknown")
+
+
 # ---- video files -------------------------------------------------------------------------
 
 
@@ -138,7 +198,7 @@ def _read_video(path: Path, name: str, color: str) -> Cine:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             fps, claimed = plausible_fps(stream.average_rate), stream.frames
-            frames, broken = _decode(container, stream, color)
+            frames, broken = _decode(container, stream, color, path, name)
     except av.FFmpegError as error:
         raise CineError(
             name, "it cannot be opened as a video (cut short or damaged)", "Copy or export it again"
@@ -156,19 +216,35 @@ def _read_video(path: Path, name: str, color: str) -> Cine:
     return Cine(frames, fps, source)
 
 
-def _decode(container: Any, stream: Any, color: str) -> tuple[np.ndarray, bool]:
+def _decode(
+    container: Any, stream: Any, color: str, path: Path, name: str
+) -> tuple[np.ndarray, bool]:
     """All frames, and whether decoding broke off.
 
     The luma plane is read as it is; RGB is made only for what shows colour.
+
+    Raises:
+        CineError: the frames change their size, or are too many.
     """
     import av
 
     luma: list[np.ndarray] = []
     rgb: list[np.ndarray] = []
     coloured: bool | None = {"grey": False, "rgb": True}.get(color)
-    broken = False
+    broken, size = False, (stream.codec_context.height, stream.codec_context.width)
+    check_size(path, name, (2, *size, 3))
     try:
         for frame in container.decode(stream):
+            if (frame.height, frame.width) != size:
+                if luma or rgb:
+                    raise CineError(
+                        name,
+                        f"its frames change from {size[0]} x {size[1]} to "
+                        f"{frame.height} x {frame.width}",
+                        "Copy or export it again",
+                    )
+                size = (frame.height, frame.width)
+            check_size(path, name, (max(len(luma), len(rgb)) + 1, *size, 3 if rgb else 1))
             planar = frame.format.name.startswith(("yuv", "gray", "nv12"))
             planar = planar and frame.format.components[0].bits == 8
             if coloured is not True and planar:
@@ -176,7 +252,7 @@ def _decode(container: Any, stream: Any, color: str) -> tuple[np.ndarray, bool]:
                 if coloured is None and len(luma) % 16 == 1 and _shows_colour(frame):
                     coloured = True
                     container.seek(0)  # rare: start over in RGB
-                    return _decode(container, stream, "rgb")
+                    return _decode(container, stream, "rgb", path, name)
             else:
                 rgb.append(frame.to_ndarray(format="rgb24"))
     except av.FFmpegError:
@@ -219,8 +295,11 @@ def _read_nifti(path: Path, name: str, color: str) -> Cine:
 
     try:
         image = nibabel.load(path)
-        array = np.asanyarray(image.dataobj)  # type: ignore[attr-defined]
         header = image.header
+        check_size(path, name, (1, 1, 1, header["bitpix"] // 8, *image.shape))  # type: ignore[attr-defined]
+        array = np.asanyarray(image.dataobj)  # type: ignore[attr-defined]
+    except CineError:
+        raise
     except Exception as error:  # nibabel raises many kinds for damaged files
         raise CineError(
             name, "it cannot be read as NIfTI (cut short or damaged)", "Copy or export it again"
@@ -251,9 +330,18 @@ def _read_itk(path: Path, name: str, color: str) -> Cine:
     import itk
 
     try:
+        about = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
+        about.SetFileName(str(path))
+        about.ReadImageInformation()
+        sides = [about.GetDimensions(i) for i in range(about.GetNumberOfDimensions())]
+        pixels = path.with_suffix(".raw")  # where the bytes are, for a header of text
+        content = pixels if path.suffix.lower() == ".mhd" and pixels.is_file() else path
+        check_size(content, name, (1, 1, 1, about.GetImageSizeInBytes() // np.prod(sides), *sides))
         image = itk.imread(str(path))
         array = itk.array_from_image(image)  # (T, Y, X[, 3])
         spacing = [float(s) for s in image.GetSpacing()]
+    except CineError:
+        raise
     except Exception as error:  # ITK raises its own kinds, which differ by version
         raise CineError(
             name, "ITK cannot read it (damaged, or its raw file is missing)", "Export it again"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from discovr_monai.data.cine import choose_colour, plausible_fps
+from discovr_monai.data.cine import check_size, choose_colour, plausible_fps
 from discovr_monai.types import Cine, CineError
 
 CODECS = "pip install pylibjpeg pylibjpeg-openjpeg pyjpegls"
@@ -20,6 +20,10 @@ def read_dicom(path: Path, name: str, color: str) -> Cine:
 
     dataset = open_dicom(path, name)
     _check_is_cine(dataset, name)
+    _check_content(dataset, name)
+    sizes = [_whole(dataset.get(k)) for k in ("NumberOfFrames", "Rows", "Columns")]
+    samples = _whole(dataset.get("SamplesPerPixel")) or 1
+    check_size(path, name, (*sizes, samples, (_whole(dataset.get("BitsAllocated")) or 8) // 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # pydicom only warns of missing frames
         try:
@@ -28,7 +32,7 @@ def read_dicom(path: Path, name: str, color: str) -> Cine:
             raise _decoding_error(name, error) from error
         except Exception as error:  # truncated data fails in many ways
             raise _truncated(name, dataset) from error
-    claimed = int(dataset.get("NumberOfFrames") or 1)
+    claimed = sizes[0]
     if len(pixels) != claimed:
         raise CineError(
             name,
@@ -45,7 +49,7 @@ def read_dicom(path: Path, name: str, color: str) -> Cine:
         fps,
         source,
         _spacing(dataset),
-        region=tissue_region(dataset),
+        region=tissue_region(dataset)[0],
         from_dicom=True,
     )
 
@@ -82,26 +86,84 @@ def frame_rate(dataset: Any) -> tuple[float | None, str]:
     return None, "unknown"
 
 
-def tissue_region(dataset: Any) -> tuple[slice, slice] | None:
-    """Rows and columns of the one 2-D tissue region, clamped to the image; None if not one."""
-    regions = [
-        r
-        for r in dataset.get("SequenceOfUltrasoundRegions") or []
-        if r.get("RegionSpatialFormat") == 1 and r.get("RegionDataType") == 1
+# RegionSpatialFormat, RegionDataType (PS3.3 C.8.5.5): what they say the screen shows
+TWO_D, M_MODE, SPECTRAL = 1, 2, 3
+TISSUE, COLOUR_FLOW = 1, 2
+DOPPLER = (3, 4, 5, 6, 7)
+SCREENS = (640, 800, 1024, 1280, 1600)  # pixels across scanners' screens
+
+
+def _whole(value: Any) -> int:
+    try:
+        return max(int(value), 0)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+def _regions(dataset: Any) -> list[Any]:
+    return list(dataset.get("SequenceOfUltrasoundRegions") or [])
+
+
+def _kinds(dataset: Any) -> list[tuple[int, int]]:
+    return [
+        (_whole(r.get("RegionSpatialFormat")), _whole(r.get("RegionDataType")))
+        for r in _regions(dataset)
     ]
+
+
+def _check_content(dataset: Any, name: str) -> None:
+    """Sets aside what its own region tags say is not one grey 2-D cine."""
+    kinds = _kinds(dataset)
+    found = None
+    if any(form == M_MODE for form, _ in kinds):
+        found = "M-mode"
+    elif any(form == SPECTRAL or data in DOPPLER for form, data in kinds):
+        found = "spectral Doppler"
+    elif (TWO_D, COLOUR_FLOW) in kinds:
+        found = "colour Doppler"
+    elif kinds.count((TWO_D, TISSUE)) > 1:
+        found = "a split screen"
+    if found:
+        remedy = "Only single 2-D grey cines train: leave it out"
+        raise CineError(name, f"it shows {found}", remedy, "not a cine")
+
+
+def tissue_region(dataset: Any) -> tuple[tuple[slice, slice] | None, float]:
+    """Rows and columns of the one 2-D tissue region, and how it was rescaled.
+
+    A rectangle a few pixels over the edge is clamped. One that overshoots the image was written
+    for a larger screen of the same form and is rescaled from the smallest usual one that holds
+    it. Anything else is not trusted.
+
+    Returns:
+        The region, None if there is not exactly one to trust; its pixels per described pixel.
+    """
+    regions = [r for r in _regions(dataset) if _kind(r) == (TWO_D, TISSUE)]
     if len(regions) != 1:
-        return None
-    region = regions[0]
-    corners = [
-        region.get(f"RegionLocation{corner}") for corner in ("MinX0", "MaxX1", "MinY0", "MaxY1")
-    ]
+        return None, 1.0
+    names = ("MinX0", "MaxX1", "MinY0", "MaxY1")
+    corners = [regions[0].get(f"RegionLocation{corner}") for corner in names]
     if any(c is None for c in corners):
-        return None
-    x0, x1, y0, y1 = (max(0, int(c)) for c in corners)
-    x1, y1 = min(x1 + 1, int(dataset.Columns)), min(y1 + 1, int(dataset.Rows))
+        return None, 1.0
+    x0, x1, y0, y1 = (_whole(c) for c in corners)
+    width, height = _whole(dataset.get("Columns")), _whole(dataset.get("Rows"))
+    over = (x1 + 1) / width, (y1 + 1) / height
+    scale = 1.0
+    if max(over) > 1.02:
+        # written for the scanner's own screen, and the pixels were shrunk later
+        factors = [w / width for w in SCREENS if w / width >= max(over)]
+        if not factors or min(over) < 0.5 * max(over):
+            return None, 1.0
+        scale = 1 / factors[0]
+        x0, x1, y0, y1 = (round(v * scale) for v in (x0, x1, y0, y1))
+    x1, y1 = min(x1 + 1, width), min(y1 + 1, height)
     if x1 - x0 < 16 or y1 - y0 < 16:
-        return None
-    return slice(y0, y1), slice(x0, x1)
+        return None, 1.0
+    return (slice(y0, y1), slice(x0, x1)), scale
+
+
+def _kind(region: Any) -> tuple[int, int]:
+    return _whole(region.get("RegionSpatialFormat")), _whole(region.get("RegionDataType"))
 
 
 def _inverse(milliseconds: Any) -> float | None:
@@ -115,7 +177,7 @@ def _inverse(milliseconds: Any) -> float | None:
 def _check_is_cine(dataset: Any, name: str) -> None:
     if "PixelData" not in dataset and "FloatPixelData" not in dataset:
         raise CineError(name, "it holds no pixels (a report?)", "Leave it out", "not a cine")
-    if int(dataset.get("NumberOfFrames") or 1) < 2:
+    if _whole(dataset.get("NumberOfFrames")) < 2:
         colour = " with colour Doppler" if dataset.get("UltrasoundColorDataPresent") else ""
         raise CineError(
             name,
@@ -147,13 +209,25 @@ def _pixels(dataset: Any) -> np.ndarray:
 
 
 def _spacing(dataset: Any) -> tuple[float, float] | None:
-    for region in dataset.get("SequenceOfUltrasoundRegions") or []:
+    """(row, column) mm: the tissue region's cm per pixel, else PixelSpacing."""
+    for region in _regions(dataset):
         in_cm = region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == 3
-        dx, dy = region.get("PhysicalDeltaX"), region.get("PhysicalDeltaY")
-        if in_cm and dx and dy and region.get("RegionSpatialFormat") == 1:
-            return abs(float(dy)) * 10, abs(float(dx)) * 10
+        if not in_cm or _kind(region)[0] != TWO_D:
+            continue
+        found = _lengths(region.get("PhysicalDeltaY"), region.get("PhysicalDeltaX"), 10.0)
+        if found:
+            scale = tissue_region(dataset)[1]  # the delta is of the pixels that the region counts
+            return found[0] / scale, found[1] / scale
     spacing = dataset.get("PixelSpacing")
-    return (float(spacing[0]), float(spacing[1])) if spacing else None
+    return _lengths(*spacing[:2], 1.0) if spacing is not None and len(spacing) > 1 else None
+
+
+def _lengths(row: Any, column: Any, scale: float) -> tuple[float, float] | None:
+    try:
+        found = abs(float(row)) * scale, abs(float(column)) * scale
+    except (TypeError, ValueError):
+        return None
+    return found if all(0 < v < 100 for v in found) else None
 
 
 def _decoding_error(name: str, error: Exception) -> CineError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from scipy import ndimage, optimize
 from scipy.spatial import ConvexHull, QhullError
 
-from discovr_monai.types import Cine
+from discovr_monai.data.cine import COLOUR_LEVELS, to_grey
+from discovr_monai.types import Cine, CineError
 
 MOVES = 14  # grey levels between a pixel's darkest and brightest frame; JPEG noise stays below
 STIRS = 3  # the same where nothing outside stirs, as in files without lossy compression
@@ -142,7 +144,7 @@ def fit_fan(moving: np.ndarray, largest: np.ndarray, lit: np.ndarray) -> Fan | N
     ]
     best = min(starts, key=lambda start: _Worth(value, COARSE, start[1])(start[0]))
     best = _polish(value, _edges(value, best, FINE), FINE)
-    fan = _complete(best)
+    fan = _complete(best, moving)
     inside = fan.mask(moving.shape)
     held = (inside & largest).sum() / largest.sum()
     filled = (inside & moving).sum() / max(inside.sum(), 1)
@@ -269,10 +271,25 @@ def _polish(value: np.ndarray, start: tuple, side: int) -> tuple:
     return (tilted if other < value * 1.01 else upright), box
 
 
-def _complete(found: tuple) -> Fan:
-    """The fan, a pixel inside its edges: better to lose a pixel than to keep a letter."""
+def _complete(found: tuple, moving: np.ndarray) -> Fan:
+    """The fan, a pixel inside its edges: better to lose a pixel than to keep a letter.
+
+    A cut at the sides is kept only where it is sharp, where speckle ends at it all along on one
+    side at least; where the sector only fades, its dark corners belong to it.
+    """
     (x, y, half, near, far, tilt), (x0, _, x1, y1) = found
     reach = max(x - x0, x1 - x)
+    whole = Fan(x, y, half, near, far, tilt, (-np.inf, -np.inf, np.inf, y1)).mask(moving.shape)
+    strip = max(3, round(0.05 * reach))
+    filled = [
+        moving[:, low:high][whole[:, low:high]]
+        for low, high in (
+            (max(0, round(x - reach)), max(0, round(x - reach) + strip)),
+            (max(0, round(x + reach) - strip), max(0, round(x + reach))),
+        )
+    ]
+    if max((part.mean() if part.size else 0.0) for part in filled) < 0.6:
+        reach = float(max(moving.shape))
     return Fan(
         x=float(x),
         y=float(y),
@@ -302,29 +319,110 @@ def sector_mask(frames: np.ndarray) -> np.ndarray:
     return _hull(found[1]) if fan is None else fan.mask(found[0].shape)
 
 
-def isolate_sector(cine: Cine) -> tuple[np.ndarray, tuple[int, int]]:
+def graphics(frames: np.ndarray) -> np.ndarray:
+    """(H, W) bool: marks and letters, lit pixels that stand still on a black background.
+
+    Args:
+        frames: (T, H, W) uint8.
+    """
+    sample = frames[np.linspace(0, len(frames) - 1, min(len(frames), 64)).astype(int)]
+    darkest, brightest = sample.min(0), sample.max(0)
+    still = (brightest - darkest <= MOVES) & (darkest > LIT)
+    if not still.any():
+        return still
+    crowd = ndimage.uniform_filter((brightest >= LIT).astype(np.float32), 15)
+    alone = still & (crowd < 0.4)
+    # what a letter's lossy compression left around it goes too
+    return np.asarray(ndimage.binary_dilation(alone, iterations=2)) if alone.any() else alone
+
+
+def is_sweep(frames: np.ndarray) -> bool:
+    """Whether a display is written column by column, as M-mode and spectral Doppler are.
+
+    Args:
+        frames: (T, H, W) uint8.
+    """
+    sample = frames[: min(len(frames), 64)].astype(np.int16)
+    changed = (np.abs(np.diff(sample, axis=0)) > MOVES).mean(1) > 0.02  # (T - 1, W)
+    ever = changed.any(0).sum()
+    if ever < 0.3 * frames.shape[2] or not changed.any():
+        return False
+    share = changed.sum(1) / ever
+    return bool(np.median(share[share > 0]) < 0.25)
+
+
+def isolate_sector(cine: Cine, name: str = "cine") -> tuple[np.ndarray, tuple[int, int]]:
     """Blanks everything outside the sector and crops to it.
 
     Args:
-        cine: grey, (T, H, W).
+        cine: grey (T, H, W), or (T, H, W, 3) where colour shows somewhere on the screen.
+        name: for errors.
 
     Returns:
-        (T, h, w) uint8, the sector's bounding box, and its first row and column.
+        (T, h, w[, 3]) uint8, the sector's bounding box, and its first row and column.
+
+    Raises:
+        CineError: the sector shows colour Doppler, or there is none but a sweeping display.
     """
     frames, top, left = cine.frames, 0, 0
     if cine.region is not None:
         frames = frames[:, *cine.region]
         top, left = (part.start or 0 for part in cine.region)
-    grey = frames if frames.ndim == 3 else frames[..., 1]
-    mask = sector_mask(grey)
+    grey = frames if frames.ndim == 3 else to_grey(frames)
+    found = moving_part(grey)
+    fan = fit_fan(*found) if found is not None else None
+    remedy = "Only single 2-D grey cines train: leave it out"
+    if found is None:
+        mask = np.ones(grey.shape[1:], bool)
+    elif fan is not None:
+        mask = fan.mask(grey.shape[1:])
+    elif is_sweep(grey):
+        raise CineError(name, "it shows M-mode or spectral Doppler", remedy, "not a cine")
+    else:
+        mask = _hull(found[1])
+    if frames.ndim == 4 and shows_doppler(frames, mask):
+        raise CineError(name, "it shows colour Doppler", remedy, "not a cine")
+    mask = mask & ~graphics(grey) if found is not None else mask
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        raise CineError(name, "it shows no ultrasound sector", remedy, "not a cine")
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     inside = mask[box] if frames.ndim == 3 else mask[box][..., None]
     return frames[:, *box] * inside, (top + int(rows[0]), left + int(columns[0]))
 
 
+def shows_doppler(rgb: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether colours inside the sector are flow: more than one hue on over 1 % of it.
+
+    Tinted grey maps (sepia, blue) have one hue.
+
+    Args:
+        rgb: (T, H, W, 3) uint8; mask: (H, W) bool.
+    """
+    sample = rgb[np.linspace(0, len(rgb) - 1, min(8, len(rgb))).astype(int)][:, mask]
+    pixels = sample.reshape(-1, 3).astype(np.int16)
+    chroma = pixels.max(-1) - pixels.min(-1)
+    coloured = pixels[chroma > 2 * COLOUR_LEVELS].astype(np.float32)
+    if len(coloured) < 0.01 * len(pixels):
+        return False
+    red, green, blue = coloured.T
+    hue = np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue)
+    one_hue = float(np.hypot(np.cos(hue).mean(), np.sin(hue).mean()))  # 1: all the same
+    return one_hue < 0.95 or len(coloured) < 0.5 * (pixels.max(-1) > COLOUR_LEVELS).sum()
+
+
+@lru_cache(maxsize=32)
+def _area_weights(old: int, new: int) -> torch.Tensor:
+    """(new, old) shares of the old pixels in each new one."""
+    edges = torch.arange(new + 1, dtype=torch.float64) * old / new
+    first = torch.arange(old, dtype=torch.float64)
+    low = torch.maximum(edges[:-1, None], first)
+    high = torch.minimum(edges[1:, None], first + 1)
+    return ((high - low).clamp(min=0) * new / old).float()
+
+
 def resize_square(frames: np.ndarray, size: int) -> np.ndarray:
-    """Pads to a square with black, then resizes with antialiasing.
+    """Pads to a square with black, then resizes: by areas where it halves or more.
 
     Args:
         frames: (T, H, W) or (T, H, W, 3) uint8.
@@ -344,7 +442,11 @@ def resize_square(frames: np.ndarray, size: int) -> np.ndarray:
     for first in range(0, len(frames), 32):  # bounds the float copy
         chunk = torch.from_numpy(frames[first : first + 32]).float()
         chunk = chunk[:, None] if chunk.dim() == 3 else chunk.permute(0, 3, 1, 2)
-        chunk = F.interpolate(chunk, (size, size), mode="bilinear", antialias=True)
+        if side >= 2 * size:
+            weights = _area_weights(side, size)
+            chunk = weights @ chunk @ weights.T
+        else:  # areas of a pixel and a bit would beat with the grid
+            chunk = F.interpolate(chunk, (size, size), mode="bilinear", antialias=True)
         done = chunk.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         out[first : first + 32] = done if frames.ndim == 4 else done[..., 0]
     return out

@@ -16,7 +16,7 @@ import numpy as np
 
 from discovr_monai.types import Cine, PreparedCine
 
-VERSION = 2
+VERSION = 3
 STALE_SECONDS = 3600  # temporary files older than this were left by a crash
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 
-from discovr_monai.data.cine import read_cine
+from discovr_monai.data.cine import read_cine, to_grey
 from discovr_monai.data.sector import isolate_sector, resize_square
 from discovr_monai.data.store import CineStore, prepared
 from discovr_monai.types import Cine, CineError, PreparedCine
@@ -21,7 +21,9 @@ from discovr_monai.types import Cine, CineError, PreparedCine
 PAD_MODES = ("loop", "reflect", "repeat", "zero", "refuse")
 
 
-def prepare_cine(cine: Cine, size: int | None, sector: bool | str) -> Cine:
+def prepare_cine(
+    cine: Cine, size: int | None, sector: bool | str, *, color: bool = True, name: str = "cine"
+) -> Cine:
     """Sector isolation and resizing of a decoded cine.
 
     Args:
@@ -29,10 +31,17 @@ def prepare_cine(cine: Cine, size: int | None, sector: bool | str) -> Cine:
         size: side of the square frames in pixels; None keeps the file's own size.
         sector: True, False, or "auto": for what may show a scanner's screen
             (:attr:`Cine.raw_screen`).
+        color: keep three channels; else luma.
+        name: for errors.
+
+    Raises:
+        CineError: a screen that shows colour Doppler, M-mode or spectral Doppler.
     """
     frames, corner = cine.frames, (0, 0)
     if cine.raw_screen if sector == "auto" else sector:
-        frames, corner = isolate_sector(cine)
+        frames, corner = isolate_sector(cine, name)
+    if not color and frames.ndim == 4:
+        frames = to_grey(frames)
     window = (*cine.frames.shape[1:3], *corner, *frames.shape[1:3])
     if size is not None:
         frames = resize_square(frames, size)
@@ -73,24 +82,48 @@ class LoadCined(MapTransform):
         self.root = Path(root) if root is not None else Path()
         self.store, self.size, self.sector, self.color = store, size, sector, color
 
-    def load(self, name: str) -> PreparedCine:
-        """One file, prepared."""
+    def load(self, name: str, first: int | None = None, frames: int | None = None) -> PreparedCine:
+        """One cine, prepared.
+
+        Args:
+            name: its file below the root.
+            first, frames: which frames of a shard of many cines it is; None for the whole file.
+        """
         path = self.root / name
+        if path.suffix == ".npy":
+            return self._prepared(path, name, first, frames)
 
         def make() -> Cine:
-            cine = read_cine(path, name=name, color="rgb" if self.color else "grey")
-            return prepare_cine(cine, self.size, self.sector)
+            cine = read_cine(path, name=name, color="rgb" if self.color else "auto")
+            return prepare_cine(cine, self.size, self.sector, color=self.color, name=name)
 
         if self.store is None:
             return prepared(make())
         preparation = f"{self.size}|{self.sector}|{self.color}"
         return self.store.get(path, name, preparation, make)
 
+    def _prepared(
+        self, path: Path, name: str, first: int | None, frames: int | None
+    ) -> PreparedCine:
+        """From discovr-monai prepare or shards: isolated and resized already, no store needed."""
+        cine = read_cine(path, name=name, color="rgb" if self.color else "auto")
+        if first is not None:
+            last = first + (frames or 0)
+            if not 0 <= first < last <= len(cine.frames):
+                raise CineError(
+                    name,
+                    f"frames {first} to {last - 1} are not in this shard of {len(cine.frames)}",
+                    "Make the shards again",
+                )
+            cine = replace(cine, frames=cine.frames[first:last])
+        return prepared(prepare_cine(cine, self.size, False, color=self.color, name=name))
+
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """See the class."""
         row = dict(data)
         for key in self.key_iterator(row):
-            frames, fps, source, row["window"] = self.load(str(row[key]))
+            found = self.load(str(row[key]), row.get("first"), row.get("num_frames"))
+            frames, fps, source, row["window"] = found
             own = row.get("fps")
             row["name"] = str(row[key])
             row["fps"], row["fps_source"] = (own, "datalist") if own else (fps, source)
