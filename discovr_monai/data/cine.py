@@ -296,7 +296,7 @@ def _read_nifti(path: Path, name: str, color: str) -> Cine:
     try:
         image = nibabel.load(path)
         header = image.header
-        check_size(path, name, (1, 1, 1, header["bitpix"] // 8, *image.shape))  # type: ignore[attr-defined]
+        check_size(path, name, (1, 1, 1, image.get_data_dtype().itemsize, *image.shape))  # type: ignore[attr-defined]
         array = np.asanyarray(image.dataobj)  # type: ignore[attr-defined]
     except CineError:
         raise

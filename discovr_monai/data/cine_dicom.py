@@ -219,7 +219,7 @@ def _spacing(dataset: Any) -> tuple[float, float] | None:
             scale = tissue_region(dataset)[1]  # the delta is of the pixels that the region counts
             return found[0] / scale, found[1] / scale
     spacing = dataset.get("PixelSpacing")
-    return _lengths(*spacing[:2], 1.0) if spacing is not None and len(spacing) > 1 else None
+    return _lengths(spacing[0], spacing[1], 1.0) if spacing and len(spacing) > 1 else None
 
 
 def _lengths(row: Any, column: Any, scale: float) -> tuple[float, float] | None:

@@ -59,7 +59,7 @@ class Fan:
 # ---- what moves --------------------------------------------------------------------------
 
 
-def moving_part(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def moving_part(frames: np.ndarray) -> tuple[np.ndarray, ...] | None:
     """The largest part of a cine that moves.
 
     Pixels whose grey changes, without thin bridges to traces and clocks. Dark parts of a sector
@@ -70,7 +70,7 @@ def moving_part(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
     Returns:
         Three (H, W) bool: what moves or stirs, its largest connected part, and what is never
-        black; None when nothing moves.
+        black; (H, W) uint8, how far each pixel's grey changes. None when nothing moves.
     """
     sample = frames[np.linspace(0, len(frames) - 1, min(len(frames), 64)).astype(int)]
     darkest = sample.min(0)
@@ -83,7 +83,7 @@ def moving_part(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     calm = away.any() and stirring[away].mean() < 0.02
     found = _dense(stirring) if calm else _dense(change > MOVES)
     largest = _largest(found)
-    return found, sure if largest is None else largest, darkest > LIT
+    return found, sure if largest is None else largest, darkest > LIT, change
 
 
 def _dense(moving: np.ndarray) -> np.ndarray:
@@ -117,7 +117,9 @@ def _hull(mask: np.ndarray) -> np.ndarray:
 # ---- the fan -----------------------------------------------------------------------------
 
 
-def fit_fan(moving: np.ndarray, largest: np.ndarray, lit: np.ndarray) -> Fan | None:
+def fit_fan(
+    moving: np.ndarray, largest: np.ndarray, lit: np.ndarray, change: np.ndarray
+) -> Fan | None:
     """The fan that holds most of what moves and least of what does not.
 
     Each pixel inside is worth 1 if it moves, ``GLOW`` if it is lit, and costs ``COST`` in any
@@ -125,7 +127,7 @@ def fit_fan(moving: np.ndarray, largest: np.ndarray, lit: np.ndarray) -> Fan | N
     about the apex, so that a dark side takes after the bright one.
 
     Args:
-        moving, largest, lit: of :func:`moving_part`.
+        moving, largest, lit, change: of :func:`moving_part`.
 
     Returns:
         The fan; None where no fan explains what moves (linear probes, M-mode, whole frames).
@@ -144,7 +146,7 @@ def fit_fan(moving: np.ndarray, largest: np.ndarray, lit: np.ndarray) -> Fan | N
     ]
     best = min(starts, key=lambda start: _Worth(value, COARSE, start[1])(start[0]))
     best = _polish(value, _edges(value, best, FINE), FINE)
-    fan = _complete(best, moving)
+    fan = _complete(best, change)
     inside = fan.mask(moving.shape)
     held = (inside & largest).sum() / largest.sum()
     filled = (inside & moving).sum() / max(inside.sum(), 1)
@@ -271,25 +273,22 @@ def _polish(value: np.ndarray, start: tuple, side: int) -> tuple:
     return (tilted if other < value * 1.01 else upright), box
 
 
-def _complete(found: tuple, moving: np.ndarray) -> Fan:
+def _complete(found: tuple, change: np.ndarray) -> Fan:
     """The fan, a pixel inside its edges: better to lose a pixel than to keep a letter.
 
-    A cut at the sides is kept only where it is sharp, where speckle ends at it all along on one
-    side at least; where the sector only fades, its dark corners belong to it.
+    A cut at the sides is kept only where stillness begins at it; where the sector just fades,
+    its dark corners belong to it.
     """
     (x, y, half, near, far, tilt), (x0, _, x1, y1) = found
-    reach = max(x - x0, x1 - x)
-    whole = Fan(x, y, half, near, far, tilt, (-np.inf, -np.inf, np.inf, y1)).mask(moving.shape)
-    strip = max(3, round(0.05 * reach))
-    filled = [
-        moving[:, low:high][whole[:, low:high]]
-        for low, high in (
-            (max(0, round(x - reach)), max(0, round(x - reach) + strip)),
-            (max(0, round(x + reach) - strip), max(0, round(x + reach))),
-        )
-    ]
-    if max((part.mean() if part.size else 0.0) for part in filled) < 0.6:
-        reach = float(max(moving.shape))
+    reach = float(max(x - x0, x1 - x))
+    whole = Fan(x, y, half, near, far, tilt, (-np.inf, -np.inf, np.inf, y1)).mask(change.shape)
+    off = np.abs(np.arange(change.shape[1]) - x)
+    beyond = whole & ((off > reach + 3) & (off < 1.15 * reach + 6))
+    elsewhere = ~ndimage.binary_dilation(whole, iterations=4)
+    if beyond.any():
+        rest = float(np.median(change[elsewhere])) if elsewhere.any() else 0.0
+        if float(change[beyond].mean()) > rest + 1:
+            reach = float(max(change.shape))
     return Fan(
         x=float(x),
         y=float(y),
