@@ -24,6 +24,47 @@ def _parser() -> argparse.ArgumentParser:
     phantom.add_argument("--gain", type=float, default=0.0, help="dB brighter (0)")
     phantom.add_argument("--depth", type=float, default=1.0, help="factor on the depth (1)")
     phantom.add_argument("--workers", type=int, help="processes (all cores)")
+    phantom.add_argument("--layout", help="a few clips in another public set's layout instead")
+    datalist = commands.add_parser(
+        "datalist", help="a public set's folder, a CSV or any folder to a datalist"
+    )
+    datalist.add_argument("name", help="echonet-dynamic, camus, ...; 'list' shows them all")
+    datalist.add_argument("root", nargs="?", help="the data set's folder")
+    datalist.add_argument("-o", "--output", help="the JSON to write (ROOT/datalist.json)")
+    datalist.add_argument("--report", metavar="DIR", help="draw contact sheet and histograms")
+    datalist.add_argument("--no-check", action="store_true", help="do not decode every file once")
+    datalist.add_argument("--threshold", type=float, help="EF (%%) or wall (mm) that is abnormal")
+    datalist.add_argument("--view", help="A4C, A2C, PSAX only")
+    datalist.add_argument("--site", help="G or R only (cardiac-uda)")
+    datalist.add_argument("--table", help="which CSV (csv-list)")
+    datalist.add_argument("--patient-from", choices=("file", "folder"), help="(folder)")
+    datalist.add_argument("--folds", type=int, help="cross-validation folds to make by patient")
+    datalist.add_argument("--test-fold", type=int, help="which fold is the test section (0)")
+    datalist.add_argument("--val-fold", type=int, help="which is validation (the next one)")
+    datalist.add_argument("--val-fraction", type=float, help="of the patients (0.1)")
+    datalist.add_argument("--test-fraction", type=float, help="of the patients (0.1)")
+    datalist.add_argument("--seed", type=int, help="of the split by patient (0)")
+    datalist.add_argument("--workers", type=int, help="processes of the check (all cores)")
+    prepare = commands.add_parser(
+        "prepare", help="an archive of DICOM, AVI, MP4 to compact de-identified cines"
+    )
+    prepare.add_argument("source", help="the archive, read only")
+    prepare.add_argument("out", help="new folder; holds nothing that leads back to a patient")
+    prepare.add_argument("--private", help="journal and encrypted manifest (OUT-private)")
+    prepare.add_argument("--salt", metavar="FILE", help="the salt's file (your own)")
+    prepare.add_argument("--size", type=int, default=112, help="pixels per side (112)")
+    prepare.add_argument("--dicom", action="store_true", help="de-identified DICOM as well")
+    prepare.add_argument("--patient-from", choices=("file", "folder"), default="file")
+    prepare.add_argument("--workers", type=int, help="processes (all cores)")
+    whose = commands.add_parser("reidentify", help="which files prepared ids came from")
+    whose.add_argument("private", help="the private folder of a prepared archive")
+    whose.add_argument("ids", nargs="*", help="only these ids")
+    whose.add_argument("--salt", metavar="FILE", help="the salt's file (your own)")
+    shards = commands.add_parser("shards", help="pack prepared cines into large files")
+    shards.add_argument("prepared", help="the output of prepare")
+    shards.add_argument("out", help="new folder")
+    shards.add_argument("--gb", type=float, default=1.0, help="10^9 bytes of a shard (1)")
+    shards.add_argument("--seed", type=int, default=0, help="of the order of the cines (0)")
     scan = commands.add_parser("scan", help="check a folder of cines and report what is unusable")
     scan.add_argument("folder", help="a folder of AVI, MP4, DICOM, NIfTI or MHD files")
     scan.add_argument("--report", default=".", help="folder for bad_files.csv (here)")
@@ -46,6 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _phantom(arguments: argparse.Namespace) -> int:
     from discovr_monai.data.phantom import write_phantom_dataset
 
+    if arguments.layout is not None:
+        from discovr_monai.data.phantom_layouts import write_layout
+
+        write_layout(arguments.layout, arguments.folder, seed=arguments.seed)
+        return 0
     write_phantom_dataset(
         arguments.folder,
         num_clips=arguments.clips,
@@ -73,6 +119,89 @@ def _scan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _datalist(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from discovr_monai.data import catalogue
+
+    if arguments.name == "list":
+        for name in catalogue.names():
+            module = catalogue.adapter(name)
+            print(f"{name:18} {module.TITLE}. Licence: {module.LICENCE}. From: {module.SOURCE}")
+        return 0
+    if arguments.root is None:
+        raise ValueError("give the data set's folder: discovr-monai datalist NAME ROOT")
+    keys = (
+        "threshold", "view", "site", "table", "patient_from", "folds", "test_fold", "val_fold",
+        "val_fraction", "test_fraction", "seed", "workers",
+    )  # fmt: skip
+    options = {k: v for k in keys if (v := getattr(arguments, k)) is not None}
+    check = not arguments.no_check
+    if arguments.report and not check:
+        raise ValueError("--report needs the check: leave out --no-check")
+    found = catalogue.build_datalist(
+        arguments.name, arguments.root, check=check, progress=True, **options
+    )
+    output = Path(arguments.output or Path(arguments.root) / "datalist.json")
+    report = found.write(output)
+    print(found.describe())
+    print(f"Licence: {found.licence}")
+    if report is not None:
+        print(f"{len(found.set_aside)} files set aside, reasons in {report.name}")
+    if arguments.report:
+        from discovr_monai.reports import draw_report
+
+        files = draw_report(found, arguments.report)
+        print("Drawn: " + ", ".join(f.name for f in files))
+    print(
+        f"Written: {output.name}. Train: cd bundles/discovr && python -m monai.bundle run training "
+        f"--config_file configs/train.yaml --dataset_dir ROOT --datalist {output.name}"
+    )
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from discovr_monai.data.prepare import prepare
+
+    counts = prepare(
+        arguments.source,
+        arguments.out,
+        private=arguments.private,
+        size=arguments.size,
+        dicom=arguments.dicom,
+        patient_from=arguments.patient_from,
+        salt_file=arguments.salt,
+        workers=arguments.workers,
+    )
+    kept = counts.pop("kept")
+    print(f"{kept} cines kept, {counts.total()} files set aside")
+    for reason, number in counts.most_common(8):
+        print(f"  {number:6} {reason}")
+    print(
+        "The output may be shared, OUT-private and the salt may not. Train: cd bundles/discovr && "
+        "python -m monai.bundle run training --config_file configs/train.yaml --dataset_dir OUT"
+    )
+    return 0
+
+
+def _reidentify(arguments: argparse.Namespace) -> int:
+    from discovr_monai.data.prepare import reidentify
+    from discovr_monai.data.tables import shown
+
+    for entry in reidentify(arguments.private, arguments.salt):
+        if not arguments.ids or {entry["id"], entry["patient"]} & set(arguments.ids):
+            print(entry["id"], entry["patient"], entry["patient_id"], shown(entry["source"]))
+    return 0
+
+
+def _shards(arguments: argparse.Namespace) -> int:
+    from discovr_monai.data.shards import pack
+
+    count = pack(arguments.prepared, arguments.out, gb=arguments.gb, seed=arguments.seed)
+    print(f"{count} shards. Train with --dataset_dir OUT --shard_window 4")
+    return 0
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from discovr_monai.weights import export_teacher
 
@@ -80,7 +209,15 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"phantom": _phantom, "scan": _scan, "export": _export}
+_COMMANDS = {
+    "phantom": _phantom,
+    "datalist": _datalist,
+    "prepare": _prepare,
+    "reidentify": _reidentify,
+    "shards": _shards,
+    "scan": _scan,
+    "export": _export,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,9 +17,10 @@ from typing import Any
 from tqdm import tqdm
 
 from discovr_monai.data import adapters
-from discovr_monai.data.datalist import summary
+from discovr_monai.data.datalist import check_all, summary
 from discovr_monai.data.privacy import load_salt, salted_id
 from discovr_monai.data.tables import write_table
+from discovr_monai.data.transforms import LoadCined
 from discovr_monai.types import CineError, DatalistRow
 
 FIRST = ("test", "validation", "training", "pretraining")  # who keeps a patient found in two
@@ -33,6 +34,8 @@ class Catalogue:
         name, licence, source: of the data set.
         sections: "training", "validation", "test", "pretraining" -> rows.
         set_aside: what could not be used, and why.
+        seen: per image, what the check saw (:func:`discovr_monai.data.datalist.look`); empty
+            without a check.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Catalogue:
     source: str
     sections: dict[str, list[DatalistRow]]
     set_aside: list[CineError] = field(default_factory=list)
+    seen: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def write(self, path: str | Path) -> Path | None:
         """Writes the Decathlon-style JSON, and NAME.set_aside.csv beside it if there is one.
@@ -110,6 +114,8 @@ def build_datalist(
     test_fold: int | None = None,
     val_fold: int | None = None,
     seed: int = 0,
+    check: bool = False,
+    workers: int | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Catalogue:
@@ -128,7 +134,10 @@ def build_datalist(
         folds: how many to make by patient; None for the set's own, if any.
         test_fold, val_fold: see above.
         seed: of the split by patient.
-        progress: whether to show a bar.
+        check: decode every file once: what cannot be used is set aside, the rest gets
+            "num_frames" and, where the set does not tell, "fps".
+        workers: processes of the check; all cores if None.
+        progress: whether to show bars.
         options: the adapter's own keys, such as ``threshold`` or ``view``.
 
     Raises:
@@ -139,19 +148,20 @@ def build_datalist(
     _check(module, name, root, options, (val_fraction, test_fraction))
     rows: list[DatalistRow] = []
     aside: list[CineError] = []
-    seen: set[str] = set()
+    listed: set[str] = set()
     base = root.resolve()
     for found in tqdm(module.rows(root, **options), unit="row", disable=not progress):
         if isinstance(found, CineError):
             aside.append(found)
-        elif found["image"] in seen:
+        elif found["image"] in listed:
             aside.append(CineError(found["image"], "it is listed twice", "The first row is kept"))
         elif not (root / found["image"]).resolve().is_relative_to(base):
             problem = "it is a link that leads outside the folder"
             aside.append(CineError(found["image"], problem, "Copy the file", "refused"))
         else:
-            seen.add(found["image"])
+            listed.add(found["image"])
             rows.append(found)
+    seen = _look(rows, aside, root, workers, progress) if check else {}
     if not rows:
         why = f"; the first file set aside: {aside[0]}" if aside else ""
         raise ValueError(f"{root.name!r} holds no usable cine of {module.TITLE}{why}")
@@ -163,7 +173,37 @@ def build_datalist(
         for key in ("patient", "study"):
             if key in row:
                 row[key] = salted_id(f"{key} {row[key]}", salt)  # type: ignore[literal-required]
-    return Catalogue(module.TITLE, module.LICENCE, module.SOURCE, sections, aside)
+    return Catalogue(module.TITLE, module.LICENCE, module.SOURCE, sections, aside, seen)
+
+
+def _look(
+    rows: list[DatalistRow],
+    aside: list[CineError],
+    root: Path,
+    workers: int | None,
+    progress: bool,
+) -> dict[str, dict[str, Any]]:
+    """Decodes all rows; drops the unusable ones from ``rows`` into ``aside``."""
+    seen, loader = {}, LoadCined(root=root)
+    names = [row["image"] for row in rows]
+    verdicts = dict(check_all(names, loader, b"", workers, not progress))
+    kept = []
+    for row in rows:
+        verdict = verdicts[row["image"]]
+        if "bad" in verdict:
+            kind, problem, remedy = verdict["bad"]
+            aside.append(CineError(row["image"], problem, remedy, kind))
+            continue
+        row["num_frames"] = verdict["row"]["num_frames"]
+        if "fps" not in row and "fps" in verdict["row"]:
+            row["fps"], row["fps_source"] = verdict["row"]["fps"], verdict["row"]["fps_source"]
+        for key in ("ed_frame", "es_frame"):  # a label that the file cannot hold
+            if key in row and int(row[key]) >= row["num_frames"]:  # type: ignore[literal-required]
+                del row[key]  # type: ignore[misc]
+        seen[row["image"]] = verdict["seen"]
+        kept.append(row)
+    rows[:] = kept
+    return seen
 
 
 def _check(
@@ -239,8 +279,11 @@ def _split_rest(
     rows: Sequence[DatalistRow], val_fraction: float, test_fraction: float, seed: int
 ) -> None:
     order = _shuffled({r["patient"] for r in rows}, seed)
-    test = round(len(order) * test_fraction)
-    validation = round(len(order) * val_fraction)
+    enough = len(order) >= 3  # then no section that is asked for stays empty
+    test, validation = (
+        max(round(len(order) * share), int(enough and share > 0))
+        for share in (test_fraction, val_fraction)
+    )
     names = dict.fromkeys(order[:test], "test")
     names.update(dict.fromkeys(order[test : test + validation], "validation"))
     for row in rows:

@@ -91,6 +91,13 @@ def _head(path: Path, name: str) -> bytes:
     return head
 
 
+def known_name(name: str) -> bool:
+    """Whether a file's name is one that a cine may have; DICOM often has no suffix."""
+    suffix = Path(name).suffix.lower()
+    known = VIDEO | ITK | {".dcm", ".dicom", ".npy", ""}
+    return suffix in known or name.lower().endswith(NIFTI) or suffix[1:].isdigit()
+
+
 def check_size(path: Path, name: str, shape: Sequence[int]) -> None:
     """Refuses what would fill the memory, before it is decoded.
 

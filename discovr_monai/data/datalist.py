@@ -8,16 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from discovr_monai.data.privacy import load_salt, salted_id
 from discovr_monai.data.tables import shown, write_table
-from discovr_monai.data.transforms import LoadCined
 from discovr_monai.data.workers import run_isolated
 from discovr_monai.distributed import barrier, rank
 from discovr_monai.types import CineError, DatalistRow
+
+if TYPE_CHECKING:
+    from discovr_monai.data.transforms import LoadCined
 
 OURS = {"bad_files.csv", "datalist.json", "phantom.json"}  # never scanned as data
 
@@ -193,7 +196,8 @@ def scan_folder(
     stamps = {name: [*_stamp(root / name), wanted] for name in files}
     todo = [n for n in files if known.get(n, {}).get("stamp") != stamps[n]]
     found = {n: known[n] for n in files if n not in set(todo)}
-    for name, verdict in _check_all(todo, loader, salt, workers, quiet):
+    for name, verdict in check_all(todo, loader, salt, workers, quiet):
+        verdict.pop("seen", None)
         found[name] = {**verdict, "stamp": stamps[name]}
     output_dir.mkdir(parents=True, exist_ok=True)
     _write_json(index, found)
@@ -254,11 +258,14 @@ def _load_index(index: Path) -> dict[str, Any]:
 
 
 def check_file(name: str, loader: LoadCined, salt: bytes) -> dict[str, Any]:
-    """{"row": ...} for a usable cine, {"bad": (kind, problem, remedy)} for another file."""
+    """{"row": ..., "seen": ...} for a usable cine, {"bad": (kind, problem, remedy)} for another.
+
+    "seen" is what a report shows: the file's size, a thumbnail and a perceptual hash.
+    """
     if not (loader.root / name).resolve().is_relative_to(loader.root.resolve()):
         return {"bad": ("refused", "it is a link that leads outside the folder", "Copy the file")}
     try:
-        frames, fps, *_ = loader.load(name)
+        found = loader.load(name)
     except CineError as error:
         return {"bad": (error.kind, error.problem, error.remedy)}
     except MemoryError:
@@ -266,11 +273,33 @@ def check_file(name: str, loader: LoadCined, salt: bytes) -> dict[str, Any]:
     except Exception as error:  # a reader's own bug must not end a scan of thousands
         kind = type(error).__name__
         return {"bad": ("unreadable", f"reading it failed ({kind})", "Report it, leave it out")}
-    row: dict[str, Any] = {"image": name, "num_frames": len(frames)}
+    row: dict[str, Any] = {"image": name, "num_frames": len(found.frames)}
     row["patient"] = salted_id(patient_of(loader.root / name) or f"file {name}", salt)
-    if fps:
-        row["fps"] = fps
-    return {"row": row}
+    if found.fps:
+        row["fps"], row["fps_source"] = found.fps, found.fps_source
+    return {"row": row, "seen": look(found.frames, found.window)}
+
+
+def look(frames: np.ndarray, window: Sequence[int]) -> dict[str, Any]:
+    """A small record of a cine: size of its file's frames, thumbnail, perceptual hash.
+
+    The hash is 128 bits: whether brightness grows from left to right, on an 8 x 9 grid of the
+    first and of the middle frame (dHash).
+    """
+    from PIL import Image
+
+    bits = []
+    for frame in (frames[0], frames[len(frames) // 2]):
+        grey = frame if frame.ndim == 2 else frame[..., 1]
+        small = np.asarray(Image.fromarray(grey).resize((9, 8), Image.Resampling.BOX), np.int16)
+        bits.append((np.diff(small) > 0).ravel())
+    middle = frames[len(frames) // 2]
+    thumbnail = Image.fromarray(middle if middle.ndim == 2 else middle[..., 1]).resize((64, 64))
+    return {
+        "size": (int(window[0]), int(window[1])),
+        "hash": np.packbits(np.concatenate(bits)).tobytes().hex(),
+        "thumbnail": thumbnail.tobytes(),
+    }
 
 
 def patient_of(path: Path) -> str | None:
@@ -286,9 +315,14 @@ def patient_of(path: Path) -> str | None:
     return f"patient {value}" if value else None
 
 
-def _check_all(
-    names: Sequence[str], loader: LoadCined, salt: bytes, workers: int | None, quiet: bool
+def check_all(
+    names: Sequence[str],
+    loader: LoadCined,
+    salt: bytes,
+    workers: int | None = None,
+    quiet: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, :func:`check_file`'s verdict) of every file, in any order, whatever the files do."""
     bar = tqdm(desc="reading cines", unit="file", total=len(names), disable=quiet or not names)
     workers = min(workers or os.cpu_count() or 1, 1 + len(names) // 64)
     with bar:

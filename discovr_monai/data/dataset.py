@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,12 +55,19 @@ class EpochSampler(Sampler):
     Batch b of all ranks together holds the same clips as batch b of one process with the
     global batch size; each rank takes its contiguous part. The last, smaller batch is dropped.
 
+    With ``window`` the order keeps to few files at a time: the shards are shuffled and every
+    rank gets its own contiguous part of them (at most one shard is read by two ranks); each
+    shuffles its rows among ``window`` shards. Batches then depend on the number of ranks, and
+    what a resumed epoch has left is shared out anew among however many there are.
+
     Args:
         length: rows.
         batch_size: per rank; the DataLoader must use the same.
         seed: of the shuffling.
         shuffle: else in order.
         rank, world_size: this process's.
+        shards: each row's file, in the rows' order; needed with ``window``.
+        window: shards that are mixed at a time; 0 shuffles all rows.
     """
 
     def __init__(
@@ -71,12 +79,20 @@ class EpochSampler(Sampler):
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        shards: Sequence[Hashable] = (),
+        window: int = 0,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
+        if window < 0 or (window and len(shards) != length):
+            raise ValueError(f"shard_window {window} must be 0, or above with a shard for each row")
+        self.window = window
+        numbers = {shard: i for i, shard in enumerate(dict.fromkeys(shards))}
+        self.shards = np.array([numbers[s] for s in shards], np.int64)
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
+        self.earlier = world_size
 
     @property
     def batches(self) -> int:
@@ -87,20 +103,67 @@ class EpochSampler(Sampler):
         """The epoch that the next iteration is of, from 0."""
         self.epoch = epoch
 
-    def set_position(self, batches: int) -> None:
-        """How many batches of the epoch are done already."""
-        self.position = batches
+    def set_position(self, batches: int, world_size: int | None = None) -> None:
+        """How many batches of the epoch are done already.
+
+        Args:
+            batches: per rank.
+            world_size: how many ranks did them, if it was another number; with ``window`` only.
+        """
+        self.position, self.earlier = batches, world_size or self.world_size
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def _generator(self, *more: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch, *more]))
+
+    def _whole_order(self) -> torch.Tensor:
         order = torch.arange(self.length)
         if self.shuffle:
             words = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
             order = torch.randperm(self.length, generator=generator)
-        total = self.batch_size * self.world_size
+        return order
+
+    def _by_shard(self) -> np.ndarray:
+        """All rows, those of a shard together, the shards shuffled."""
+        place = self._generator(1).permutation(int(self.shards.max(initial=0)) + 1)
+        return np.argsort(place[self.shards], kind="stable")
+
+    def _mixed(self, rows: np.ndarray) -> np.ndarray:
+        """A rank's rows, shuffled among ``window`` shards at a time; by rows, not by rank."""
+        if not len(rows):
+            return rows
+        _, starts = np.unique(
+            np.cumsum(np.diff(self.shards[rows], prepend=-1) != 0), return_index=True
+        )
+        edges = [*starts[:: self.window].tolist(), len(rows)]
+        parts = [
+            self._generator(2, int(rows[low])).permutation(rows[low:high])
+            for low, high in pairwise(edges)
+        ]
+        return np.concatenate(parts)
+
+    def parts(self, rows: np.ndarray, world_size: int) -> list[np.ndarray]:
+        """What each of ``world_size`` ranks reads of ``rows`` (by shard), in its order."""
+        count = len(rows) // (self.batch_size * world_size) * self.batch_size
+        return [self._mixed(rows[r * count : (r + 1) * count]) for r in range(world_size)]
+
+    def _part(self) -> np.ndarray:
+        """What this rank still has to read of the epoch."""
+        rows, done = self._by_shard(), self.position * self.batch_size
+        if self.earlier == self.world_size:
+            return self.parts(rows, self.world_size)[self.rank][done:]
+        read = np.concatenate([part[:done] for part in self.parts(rows, self.earlier)])
+        return self.parts(rows[~np.isin(rows, read)], self.world_size)[self.rank]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self.window:
+            for index in self._part().tolist():
+                yield self.epoch, index
+            return
+        order, total = self._whole_order(), self.batch_size * self.world_size
         for batch in range(self.position, self.batches):
             first = batch * total + self.rank * self.batch_size
             for index in order[first : first + self.batch_size].tolist():

@@ -206,7 +206,7 @@ def _write(path: Path, content: bytes | Callable[[Path], None]) -> None:
     part.replace(path)
 
 
-def _encode(frames: np.ndarray, fps: float, path: Path) -> None:
+def encode_avi(frames: np.ndarray, fps: float, path: Path) -> None:
     """Write grey frames as MJPEG in AVI with neutral chroma."""
     import av
 
@@ -237,7 +237,7 @@ def _make_clip(job: tuple[str, dict[str, Any], _Plan]) -> dict[str, Any]:
     )
     video, mask = root / "Videos" / f"{plan.name}.avi", root / "Masks" / f"{plan.name}.npz"
     if not video.exists():
-        _write(video, lambda part: _encode(scanner.cine(), scanner.beat.fps, part))
+        _write(video, lambda part: encode_avi(scanner.cine(), scanner.beat.fps, part))
     if not mask.exists():
         masks = np.stack([scanner.mask(t) for t in range(settings["num_frames"])])
         _write(mask, lambda part: np.savez_compressed(part, mask=masks))

@@ -28,9 +28,8 @@ from discovr_monai.data.cine_dicom import open_dicom
 from discovr_monai.data.datalist import split_by_patient, walk
 from discovr_monai.data.dicom_writer import deidentified_tags, salted_uid, write_dicom
 from discovr_monai.data.privacy import load_salt, salted_id
-from discovr_monai.data.sector import resize_square
+from discovr_monai.data.sector import prepare_cine, resize_square
 from discovr_monai.data.tables import write_table
-from discovr_monai.data.transforms import prepare_cine
 from discovr_monai.data.workers import run_isolated
 from discovr_monai.types import CineError, DatalistRow
 

@@ -13,39 +13,12 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 
-from discovr_monai.data.cine import read_cine, to_grey
-from discovr_monai.data.sector import isolate_sector, resize_square
+from discovr_monai.data.cine import read_cine
+from discovr_monai.data.sector import prepare_cine
 from discovr_monai.data.store import CineStore, prepared
 from discovr_monai.types import Cine, CineError, PreparedCine
 
 PAD_MODES = ("loop", "reflect", "repeat", "zero", "refuse")
-
-
-def prepare_cine(
-    cine: Cine, size: int | None, sector: bool | str, *, color: bool = True, name: str = "cine"
-) -> Cine:
-    """Sector isolation and resizing of a decoded cine.
-
-    Args:
-        cine: as read.
-        size: side of the square frames in pixels; None keeps the file's own size.
-        sector: True, False, or "auto": for what may show a scanner's screen
-            (:attr:`Cine.raw_screen`).
-        color: keep three channels; else luma.
-        name: for errors.
-
-    Raises:
-        CineError: a screen that shows colour Doppler, M-mode or spectral Doppler.
-    """
-    frames, corner = cine.frames, (0, 0)
-    if cine.raw_screen if sector == "auto" else sector:
-        frames, corner = isolate_sector(cine, name)
-    if not color and frames.ndim == 4:
-        frames = to_grey(frames)
-    window = (*cine.frames.shape[1:3], *corner, *frames.shape[1:3])
-    if size is not None:
-        frames = resize_square(frames, size)
-    return replace(cine, frames=frames, region=None, spacing=None, window=window)
 
 
 class LoadCined(MapTransform):
@@ -91,7 +64,7 @@ class LoadCined(MapTransform):
         """
         path = self.root / name
         if path.suffix == ".npy":
-            return self._prepared(path, name, first, frames)
+            return self._ready(path, name, first, frames)
 
         def make() -> Cine:
             cine = read_cine(path, name=name, color="rgb" if self.color else "auto")
@@ -102,10 +75,8 @@ class LoadCined(MapTransform):
         preparation = f"{self.size}|{self.sector}|{self.color}"
         return self.store.get(path, name, preparation, make)
 
-    def _prepared(
-        self, path: Path, name: str, first: int | None, frames: int | None
-    ) -> PreparedCine:
-        """From discovr-monai prepare or shards: isolated and resized already, no store needed."""
+    def _ready(self, path: Path, name: str, first: int | None, frames: int | None) -> PreparedCine:
+        """From discovr-monai prepare or shards: the sector only; no store if the size is right."""
         cine = read_cine(path, name=name, color="rgb" if self.color else "auto")
         if first is not None:
             last = first + (frames or 0)
@@ -116,7 +87,14 @@ class LoadCined(MapTransform):
                     "Make the shards again",
                 )
             cine = replace(cine, frames=cine.frames[first:last])
-        return prepared(prepare_cine(cine, self.size, False, color=self.color, name=name))
+
+        def make() -> Cine:
+            return prepare_cine(cine, self.size, False, color=self.color, name=name)
+
+        if self.store is None or self.size in (None, cine.frames.shape[1]):
+            return prepared(make())
+        part = name if first is None else f"{name}#{first}"
+        return self.store.get(path, part, f"{self.size}|ready|{self.color}", make)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """See the class."""

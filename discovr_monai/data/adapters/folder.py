@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from discovr_monai.data.datalist import walk
+from discovr_monai.data.cine import known_name
+from discovr_monai.data.datalist import patient_of, walk
 from discovr_monai.types import CineError, DatalistRow
 
 TITLE = "a folder of cines"
@@ -14,7 +15,7 @@ SOURCE = "yours"
 
 
 def rows(root: Path, *, patient_from: str = "file") -> Iterator[DatalistRow | CineError]:
-    """A row per file; unreadable ones are set aside when training scans them.
+    """A row per file that looks like a cine by its name (or has none, as DICOM often).
 
     Args:
         root: any folder.
@@ -24,14 +25,15 @@ def rows(root: Path, *, patient_from: str = "file") -> Iterator[DatalistRow | Ci
     Raises:
         ValueError: for another ``patient_from``, or an empty folder.
     """
-    from discovr_monai.data.datalist import patient_of
-
     if patient_from not in ("file", "folder"):
         raise ValueError(f"patient_from {patient_from!r} must be 'file' or 'folder'")
     names = sorted(walk(root))
     if not names:
         raise ValueError(f"{root.name!r} is empty")
     for name in names:
+        if not known_name(name):
+            yield CineError(name, "its name is of no cine", "Convert it", "not a cine")
+            continue
         first, slash, _ = name.partition("/")
         if patient_from == "folder" and slash:
             patient = first
