@@ -263,9 +263,9 @@ def _polish(value: np.ndarray, start: tuple, side: int) -> tuple:
         )
         return np.concatenate([found.x, first[free:]]), float(found.fun)
 
-    upright, value = search(parameters, 5)
+    upright, cost = search(parameters, 5)
     tilted, other = search(upright, 6)
-    return (tilted if other < value * 1.01 else upright), box
+    return (tilted if other < cost * 1.01 else upright), box
 
 
 def _complete(found: tuple, change: np.ndarray) -> Fan:

@@ -251,7 +251,7 @@ def mimic_iv_echo(root: Path, patients: int, seed: int) -> None:
                 write_dicom(path, screen.frames[:1])  # a spectral still
             elif not (number == 1 and i == 1):
                 write_dicom(path, screen.frames, fps=screen.fps, region=screen.region)
-        if i % 2 == 0:
+        if i % 4 != 3:
             heart = simulate_screen(1000 * seed + 10 * i, num_frames=16)
             lvvol = root / "lvvol-a4c" / "1.0.0"
             write_dicom(lvvol / "dicom" / f"{study}.dcm", heart.frames, fps=heart.fps)

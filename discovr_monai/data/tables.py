@@ -34,7 +34,7 @@ def read_table(
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = raw.decode("latin-1")
+        text = raw.removeprefix(b"\xef\xbb\xbf").decode("latin-1")
     try:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         header = [name.strip() for name in next(rows, [])]

@@ -174,6 +174,7 @@ class SampleClipd(RandomizableTransform, MapTransform):
         num_clips: evenly spaced clips, for evaluation.
         pad_mode: for cines that are too short, see :func:`clip_indices`; "refuse" raises.
         default_fps: for sampling by time where the file does not tell; None refuses those.
+        speed: s plays a random clip at 1 / s to s times the pace, log-uniform; 1 at its own.
 
     Raises:
         ValueError: for senseless options.
@@ -190,9 +191,13 @@ class SampleClipd(RandomizableTransform, MapTransform):
         num_clips: int = 1,
         pad_mode: str = "loop",
         default_fps: float | None = None,
+        speed: float = 1.0,
     ) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, 1.0)
+        if not 1 <= speed <= 4:
+            raise ValueError(f"speed {speed} must lie in 1..4")
+        self.speed = speed
         if num_frames < 1 or num_clips < 1:
             raise ValueError(
                 f"num_frames {num_frames} and num_clips {num_clips} must be at least 1"
@@ -212,6 +217,8 @@ class SampleClipd(RandomizableTransform, MapTransform):
     def indices(self, length: int, fps: float | None, name: str = "cine") -> np.ndarray:
         """(num_clips, num_frames) frames for a cine of ``length``; -1 is black."""
         stride = self._stride(fps, name)
+        if self.random and self.speed > 1:
+            stride *= float(np.exp(self.R.uniform(-1, 1) * np.log(self.speed)))
         room = length - 1 - (self.num_frames - 1) * stride  # largest start that fits
         if room < 0 and self.pad_mode == "refuse":
             need = int(np.ceil((self.num_frames - 1) * stride)) + 1
