@@ -147,7 +147,8 @@ def tissue_region(dataset: Any) -> tuple[tuple[slice, slice] | None, float]:
         return None, 1.0
     x0, x1, y0, y1 = (_whole(c) for c in corners)
     width, height = _whole(dataset.get("Columns")), _whole(dataset.get("Rows"))
-    over = (x1 + 1) / width, (y1 + 1) / height
+    x1, y1 = x1 + 1, y1 + 1  # the tags count the last pixel
+    over = x1 / width, y1 / height
     scale = 1.0
     if max(over) > 1.02:
         # written for the scanner's own screen, and the pixels were shrunk later
@@ -156,7 +157,7 @@ def tissue_region(dataset: Any) -> tuple[tuple[slice, slice] | None, float]:
             return None, 1.0
         scale = 1 / factors[0]
         x0, x1, y0, y1 = (round(v * scale) for v in (x0, x1, y0, y1))
-    x1, y1 = min(x1 + 1, width), min(y1 + 1, height)
+    x1, y1 = min(x1, width), min(y1, height)
     if x1 - x0 < 16 or y1 - y0 < 16:
         return None, 1.0
     return (slice(y0, y1), slice(x0, x1)), scale

@@ -15,6 +15,7 @@ LIT, GLOW = (
     12,
     0.3,
 )  # a pixel brighter than LIT that stands still (clutter at the probe) is worth GLOW
+TILTED = 1.1  # how much better a tilted fan must fit than an upright one: dark sides are commoner
 COARSE, FINE = 96, 320  # larger side in pixels on which the fan is fitted
 
 
@@ -74,10 +75,24 @@ def moving_part(frames: np.ndarray) -> tuple[np.ndarray, ...] | None:
         return None
     stirring = change > STIRS
     away = ~ndimage.binary_dilation(hull(sure), iterations=8)
-    calm = away.any() and stirring[away].mean() < 0.02
-    found = _dense(stirring) if calm else _dense(change > MOVES)
+    if not away.any() or stirring[away].mean() < 0.02:
+        found = _dense(stirring)
+    else:
+        found = _dense(change > MOVES)
+        corner = max(4, min(change.shape) // 12)  # no fan reaches the corners above it
+        tops = stirring[:corner, :corner], stirring[:corner, -corner:]
+        if max(top.mean() for top in tops) < 0.1:
+            found |= _beside(_dense(stirring) & away, sure)
     largest = _largest(found)
     return found, sure if largest is None else largest, darkest > LIT, change
+
+
+def _beside(stirring: np.ndarray, sure: np.ndarray) -> np.ndarray:
+    """The parts that stir and begin where the sure part ends: its dark sides, not the ECG."""
+    labels, _ = ndimage.label(stirring)
+    near = ndimage.binary_dilation(hull(sure), iterations=12)
+    touching = np.unique(labels[near & stirring])
+    return np.asarray(np.isin(labels, touching[touching > 0]))
 
 
 def _dense(moving: np.ndarray) -> np.ndarray:
@@ -243,7 +258,7 @@ def _best_run(profile: np.ndarray) -> tuple[int, int]:
 
 
 def _polish(value: np.ndarray, start: tuple, side: int) -> tuple:
-    """Downhill simplex from a start; a tilt is taken only where it gains over 1 %."""
+    """Downhill simplex from a start; a tilt is taken only where it gains much."""
     parameters, box = start
     worth = _Worth(value, side, box)
     scale = 0.06 if side == COARSE else 0.015
@@ -265,7 +280,7 @@ def _polish(value: np.ndarray, start: tuple, side: int) -> tuple:
 
     upright, cost = search(parameters, 5)
     tilted, other = search(upright, 6)
-    return (tilted if other < cost * 1.01 else upright), box
+    return (tilted if other < cost * TILTED else upright), box
 
 
 def _complete(found: tuple, change: np.ndarray) -> Fan:

@@ -61,8 +61,12 @@ def is_sweep(frames: np.ndarray) -> bool:
     ever = changed.any(0).sum()
     if ever < 0.3 * frames.shape[2] or not changed.any():
         return False
-    share = changed.sum(1) / ever
-    return bool(np.median(share[share > 0]) < 0.25)
+    count = changed.sum(1)
+    some = count > 0
+    place = (changed * np.arange(changed.shape[1])).sum(1)[some] / count[some]
+    steps = np.sign(np.diff(place))
+    forward = len(steps) > 2 and np.mean(steps > 0) > 0.8  # but for where it starts over
+    return bool(forward and np.median(count[some]) < 0.25 * ever)
 
 
 def isolate_sector(cine: Cine, name: str = "cine") -> tuple[np.ndarray, tuple[int, int]]:
@@ -83,17 +87,15 @@ def isolate_sector(cine: Cine, name: str = "cine") -> tuple[np.ndarray, tuple[in
         frames = frames[:, *cine.region]
         top, left = (part.start or 0 for part in cine.region)
     grey = frames if frames.ndim == 3 else to_grey(frames)
+    remedy = "Only single 2-D grey cines train: leave it out"
+    if is_sweep(grey):
+        raise CineError(name, "it shows M-mode or spectral Doppler", remedy, "not a cine")
     found = moving_part(grey)
     fan = fit_fan(*found) if found is not None else None
-    remedy = "Only single 2-D grey cines train: leave it out"
     if found is None:
         mask = np.ones(grey.shape[1:], bool)
-    elif fan is not None:
-        mask = fan.mask(grey.shape[1:])
-    elif is_sweep(grey):
-        raise CineError(name, "it shows M-mode or spectral Doppler", remedy, "not a cine")
     else:
-        mask = hull(found[1])
+        mask = hull(found[1]) if fan is None else fan.mask(grey.shape[1:])
     if frames.ndim == 4 and shows_doppler(frames, mask):
         raise CineError(name, "it shows colour Doppler", remedy, "not a cine")
     mask = mask & ~graphics(grey) if found is not None else mask

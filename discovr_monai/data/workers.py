@@ -17,12 +17,14 @@ Failure = tuple[str, str, str]  # kind, problem, remedy
 class _Worker:
     process: Any
     connection: Connection
+    ready: bool = False
     job: Any = None
     since: float = field(default_factory=time.monotonic)
 
 
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     with contextlib.suppress(EOFError, KeyboardInterrupt):
+        connection.send(None)  # ready: what it needs is imported
         while True:
             connection.send(function(connection.recv()))
 
@@ -76,6 +78,11 @@ def run_isolated(
         while pool:
             ready = set(wait([w.connection for w in pool], timeout=1.0))
             for worker in list(pool):
+                if not worker.ready and worker.connection in ready:
+                    with contextlib.suppress(EOFError, OSError):
+                        worker.connection.recv()
+                        worker.ready, worker.since = True, time.monotonic()
+                        continue
                 failure: Failure | None = None
                 result = None
                 if worker.connection in ready:
@@ -87,7 +94,7 @@ def run_isolated(
                             "it made the reading process crash",
                             "Copy or export it again, or leave it out",
                         )
-                elif time.monotonic() - worker.since > timeout:
+                elif worker.ready and time.monotonic() - worker.since > timeout:
                     failure = (
                         "unreadable",
                         f"reading it took over {timeout:g} s",
