@@ -1,10 +1,10 @@
 """Which library decodes cines fastest? Alternated in one run; only the ratios count.
 
-    pip install opencv-python-headless   # for this comparison only
+    pip install opencv-python-headless; pip install --no-deps decord   # for this comparison only
     python benchmarks/video_backend.py
 
 Compares on 112 x 112 MJPEG AVI and H.264 MP4: our reader (PyAV, luma plane as it is), PyAV
-converted to grey, and OpenCV (BGR, first channel taken as grey).
+converted to grey, OpenCV (BGR, first channel taken as grey) and decord (RGB, likewise).
 """
 
 from __future__ import annotations
@@ -59,6 +59,14 @@ def opencv(path: Path) -> int:
         frames.append(frame[..., 0].copy())
 
 
+def decord_rgb(path: Path) -> int:
+    """decord's VideoReader, all frames in one batch."""
+    import decord
+
+    reader = decord.VideoReader(str(path))
+    return len(reader.get_batch(range(len(reader))).asnumpy()[..., 0])
+
+
 def main() -> None:
     """Prints frames a second (median, quartiles) and ratios to ours."""
     backends: dict[str, Callable[[Path], int]] = {"ours": ours, "PyAV to grey": pyav_grey}
@@ -68,6 +76,12 @@ def main() -> None:
         backends["OpenCV"] = opencv
     except ImportError:
         print("OpenCV is not installed: left out")
+    try:
+        import decord  # noqa: F401
+
+        backends["decord"] = decord_rgb
+    except ImportError:
+        print("decord is not installed: left out")
     frames = np.concatenate([simulate_cine(s).frames for s in range(FRAMES // 96)])
     with tempfile.TemporaryDirectory() as folder:
         files = [
