@@ -21,6 +21,8 @@ RUN_BY = {
     "\"['configs/train.yaml','configs/paper.yaml','configs/multi_gpu_train.yaml']\"": "test_two_processes_train_and_stay_equal",
     "../../.venv/bin/python -m monai.bundle run evaluating --config_file configs/knn.yaml "
     "--ckpt output/pretrain/last.pt": "test_each_config_runs_by_its_command",
+    "discovr-monai datalist echonet-dynamic /your/EchoNet-Dynamic": "test_one_training_on_cines_of_every_set",
+    "discovr-monai prepare /your/archive /your/prepared": "test_an_archive_is_prepared_packed_and_trained_on",
     "python benchmarks/parity.py FILE.npz": "test_every_expected_output_is_reproduced",
     "pip install .": "test_a_plain_install_builds",
 }

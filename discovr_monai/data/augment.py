@@ -61,7 +61,8 @@ class _ClipTransform(RandomizableTransform, MapTransform):
             drawn = self.draw(clip) if drawn is None else drawn
             row[key] = self.image(clip, drawn)
         for key in self.mask_keys:
-            if key in row and drawn is not None:
+            # a datalist's own "mask" is a file's name until something has loaded it
+            if drawn is not None and isinstance(row.get(key), Tensor | np.ndarray):
                 row[key] = self.mask(torch.as_tensor(row[key]), drawn)
         return row
 
