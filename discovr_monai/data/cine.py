@@ -333,8 +333,38 @@ def _read_nifti(path: Path, name: str, color: str) -> Cine:
                 (zooms[1], zooms[0]))  # fmt: skip
 
 
+def check_itk_header(path: Path, name: str) -> None:
+    """Refuses headers that ITK crashes on, and those that point at files elsewhere."""
+    with path.open("rb") as file:
+        text = file.read(4096).decode("latin-1")
+    fields = {
+        key.strip().lower(): value.strip()
+        for line in text.splitlines()
+        for key, found, value in [line.partition("=" if path.suffix.lower() != ".nrrd" else ":")]
+        if found
+    }
+    data = fields.get("elementdatafile") or fields.get("data file") or "local"
+    if "/" in data or "\\" in data or data.startswith(".."):
+        raise CineError(
+            name, "its header points at a file in another folder", "Put both in one folder",
+            "refused",
+        )  # fmt: skip
+    dimensions = fields.get("ndims") or fields.get("dimension") or ""
+    sizes = (fields.get("dimsize") or fields.get("sizes") or "").split()
+    whole = dimensions.isdigit() and all(s.isdigit() for s in sizes)
+    if not whole or not 2 <= int(dimensions) <= 4 or len(sizes) != int(dimensions):
+        raise CineError(
+            name,
+            f"its header says {dimensions[:20] or 'nothing'} of the dimensions and "
+            f"{' '.join(sizes)[:40] or 'nothing'} of the sizes",
+            "Export it again",
+        )
+
+
 def _read_itk(path: Path, name: str, color: str) -> Cine:
     import itk
+
+    check_itk_header(path, name)
 
     try:
         about = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from discovr_monai.data.cine import check_itk_header
 from discovr_monai.data.tables import read_table
 from discovr_monai.types import CineError
 
@@ -107,12 +108,15 @@ def _load(root: Path, name: str) -> np.ndarray:
 
             if not path.exists():
                 raise FileNotFoundError(name)
+            check_itk_header(path, name)
             found = itk.array_from_image(itk.imread(str(path)))
         else:
             loaded = np.load(path, allow_pickle=False)
             found = loaded["mask"] if hasattr(loaded, "files") else loaded
     except FileNotFoundError as error:
         raise CineError(name, "the mask file does not exist", "Correct the datalist") from error
+    except CineError:
+        raise
     except Exception as error:  # each library has its own for a damaged file
         raise CineError(
             name,

@@ -108,6 +108,7 @@ def test_precision_words():
     ("words", "message"),
     [
         (["--learning_rate", "1"], "no config knows this key"),
+        (["--mlflow", "false"], "--mlflow false: write True or False"),
         (["--num_frame", "1"], "Did you mean 'num_frames'"),
         (["--train#dataset#seed", "1"], None),
         (["--validate#dataloader#drop_last", "True"], None),

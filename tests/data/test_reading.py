@@ -187,7 +187,7 @@ def broken(tmp_path, kind):
         ("random.mp4", "random.mp4: it cannot be opened as a video"),
         ("random.dcm", "random.dcm: it is not valid DICOM"),
         ("random.nii.gz", "random.nii.gz: it cannot be read as NIfTI"),
-        ("random.mha", "random.mha: ITK cannot read it"),
+        ("random.mha", "random.mha: its header says nothing"),
         ("random", "random: it is not a cine format that we know"),
         ("notes.txt", "notes.txt: it is text. Convert it to AVI"),
         ("one.avi", "one.avi: it is a still"),

@@ -289,3 +289,21 @@ def test_prepared_cines_are_read_without_pickle(tmp_path):
     np.save(tmp_path / "c.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(CineError, match=r"c.npy: reading it failed"):
         read_cine(tmp_path / "c.npy")
+
+
+def test_headers_that_point_elsewhere_or_say_nonsense(tmp_path):
+    head = "ObjectType = Image\nNDims = {}\nDimSize = 8 8 4\nElementType = MET_UCHAR\nElementDataFile = {}\n"
+    (tmp_path / "c.raw").write_bytes(bytes(range(256)))
+    path = tmp_path / "c.mhd"
+    path.write_text(head.format(3, "c.raw"))
+    assert read_cine(path).frames.shape == (4, 8, 8)
+    for data in ("../c.raw", "/etc/hostname", "..\\c.raw"):
+        path.write_text(head.format(3, data))
+        with pytest.raises(
+            CineError, match=r"c.mhd: its header points at a file in another folder"
+        ):
+            read_cine(path)
+    for number in ("-1", "99999999", "", "2"):  # ITK crashes on some of these
+        path.write_text(head.format(number, "c.raw"))
+        with pytest.raises(CineError, match=r"c.mhd: its header says"):
+            read_cine(path)
