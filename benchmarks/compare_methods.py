@@ -37,14 +37,23 @@ KEPT = {  # task -> the method and columns of each test cine's prediction that a
 
 
 def protocol(size: str) -> dict[str, Any]:
-    """The protocol at a size; "key" changes with anything that decides a result."""
+    """The protocol at a size.
+
+    "key" changes with anything that decides a result, "training" with what decides a checkpoint.
+    """
     content = yaml.safe_load((HERE / "protocol.yaml").read_text())
     content["size"] = content.pop("sizes")[size]
     shared = {k: content[k] for k in ("data", "settings", "evaluation")} | {
         "epochs": content["size"]["epochs"]
     }
-    content["key"] = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+    content["key"] = digest(shared)
+    content["training"] = digest({k: v for k, v in shared.items() if k != "evaluation"})
     return content
+
+
+def digest(content: Any) -> str:
+    """Twelve digits that change with the content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def make_data(plan: dict[str, Any], folder: Path) -> None:
@@ -127,12 +136,20 @@ def pretrain(name: str, seed: int, plan: dict[str, Any], work: Path, out: Path) 
 
 
 def evaluate(ckpt: Path, branch: str, plan: dict[str, Any], work: Path, out: Path) -> dict:
-    """The five tasks of a checkpoint: figures, each test cine's prediction, and its patient."""
+    """The five tasks of a checkpoint: figures, each test cine's prediction, and its patient.
+
+    A task that was evaluated with the same settings before is not evaluated again.
+    """
     from monai.bundle import ConfigParser
     from monai.utils import set_determinism
 
     found = {}
     for task, settings in plan["evaluation"]["tasks"].items():
+        key = digest({**plan["evaluation"]["common"], **settings, "training": plan["training"]})
+        kept = out / f"{task}-{key}.json"
+        if kept.exists():
+            found[task] = json.loads(kept.read_text())
+            continue
         parser = ConfigParser()
         parser.read_config(str(BUNDLE / "configs" / f"{task}.yaml"))
         overrides = {
@@ -154,9 +171,14 @@ def evaluate(ckpt: Path, branch: str, plan: dict[str, Any], work: Path, out: Pat
         content = parser.get_parsed_content("evaluation").run()
         predictions = parser.get_parsed_content("results").predictions
         found[task] = {"results": content["results"], "predictions": _columns(task, predictions)}
-    data = parser.get_parsed_content("data")
+        kept.write_text(json.dumps(found[task]))
+    data = _rows(work)
     sections = plan["evaluation"]["common"]["test_sections"]
-    return {"tasks": found, "patients": {s: _owners(data.rows(s)) for s in sections}}
+    return {"tasks": found, "patients": {s: _owners(data[s]) for s in sections}}
+
+
+def _rows(work: Path) -> dict[str, list]:
+    return json.loads((work / "data" / "datalist.json").read_text())
 
 
 def _owners(rows: list) -> list[int]:
@@ -202,7 +224,7 @@ def run_group(size: str, plan: dict[str, Any], work: Path, source: str, seed: in
     os.environ["DISCOVR_MONAI_SALT"] = "benchmark"
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    folder = work / f"{size}-{plan['key']}" / f"{source}-{seed}"
+    folder = work / f"{size}-{plan['training']}" / f"{source}-{seed}"
     print(f"== {source}, seed {seed}: pretraining", flush=True)
     cost = pretrain(source, seed, plan, work, folder)
     for name, method in plan["methods"].items():

@@ -4,7 +4,7 @@
 
 Validation section only (the test sections stay unseen): EF R2 by ridge, AUROC of normal against
 abnormal by logistic regression, both with settings chosen by cross-validation on the training
-section. Rows: CLS and mean (the protocol's), the token grid averaged over time, the grid's
+section. Rows: CLS and mean, the token grid averaged over time, the grid's
 deviation over time, and both; grids are reduced to 256 principal components.
 """
 
@@ -46,6 +46,7 @@ def features(ckpt: Path, branch: str, loader: LoadCined, rows: list[dict]) -> di
             ("grid", still.flatten()),
             ("grid's deviation over time", moving.flatten()),
             ("mean of the deviation over time", moving.mean((0, 1))),
+            ("motion (the deviation on 4 x 4 places)", pooled["motion"].mean(0)),
         ):
             found.setdefault(name, []).append(value.numpy())
     return {name: np.stack(values) for name, values in found.items()}

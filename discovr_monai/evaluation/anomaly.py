@@ -40,7 +40,7 @@ class Anomaly:
         label_key: row key of the class.
         train, validation, test: sections.
         k: neighbours.
-        pooling: "cls", "mean" or "both".
+        pooling: "cls", "mean", "both" or "motion"; see :class:`Section`.
         label_fractions: shares of the training and validation patients, 1 among them.
         seed: of the shares.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from discovr_monai.weights import CheckpointError, load_strict, read_checkpoint
 TRAINED = ("video_teacher", "video_student", "image_teacher", "image_student")
 SIMPLE = ("mean_frame", "temporal_std", "pixel_pca")
 BRANCHES = (*TRAINED, *SIMPLE)
+PLACES = 4  # per side, of the motion features
 THUMBNAIL = 32  # pixels per side of the simple features' pictures
 
 
@@ -35,12 +36,34 @@ class Backbone(nn.Module):
     token_dim: int
 
     def embed(self, clip: Tensor) -> dict[str, Tensor]:
-        """(B, 3, T, H, W) -> "cls" and "mean" (of the tokens), (B, D) each."""
+        """(B, 3, T, H, W) -> "cls", "mean" and "motion", (B, D) each; see :func:`pool_tokens`."""
         raise NotImplementedError
 
     def tokens(self, clip: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, t, h, w, token_dim)."""
         raise NotImplementedError
+
+
+def pool_tokens(found: Tensor, grid: Sequence[int]) -> dict[str, Tensor]:
+    """What is kept of a clip's tokens.
+
+    A heart's tokens differ little from frame to frame, and their mean over time hides by how
+    much; "motion" is that: each feature's standard deviation over time, by place.
+
+    Args:
+        found: (B, g, 1 + n, d), CLS first; g groups of frames (1 for the video encoder).
+        grid: (t, h, w) of all the clip's tokens, t h w = g n.
+
+    Returns:
+        "cls" and "mean" (B, d): the mean over groups, over all tokens; "motion"
+        (B, d * min(h, 4) * min(w, 4)): the deviation over t, averaged onto at most 4 x 4 places.
+    """
+    cls, tokens = found[:, :, 0].mean(1), found[:, :, 1:]
+    places = tokens.reshape(len(found), *grid, -1)  # (B, t, h, w, d)
+    moving = (places.var(1, unbiased=False) + 1e-12).sqrt().permute(0, 3, 1, 2)  # (B, d, h, w)
+    size = (min(grid[1], PLACES), min(grid[2], PLACES))
+    motion = F.adaptive_avg_pool2d(moving, size).flatten(1)
+    return {"cls": cls, "mean": tokens.mean((1, 2)), "motion": motion}
 
 
 class FrozenEncoder(Backbone):
@@ -78,8 +101,7 @@ class FrozenEncoder(Backbone):
     @torch.no_grad()
     def embed(self, clip: Tensor) -> dict[str, Tensor]:
         """See :class:`Backbone`."""
-        found = self(clip)
-        return {"cls": found[:, :, 0].mean(1), "mean": found[:, :, 1:].mean((1, 2))}
+        return pool_tokens(self(clip), self.grid)
 
     @torch.no_grad()
     def tokens(self, clip: Tensor) -> Tensor:
@@ -118,13 +140,13 @@ class SimpleFeatures(Backbone):
 
     @torch.no_grad()
     def embed(self, clip: Tensor) -> dict[str, Tensor]:
-        """(B, 3, T, H, W) -> "cls" and "mean", both the flattened picture."""
+        """(B, 3, T, H, W) -> "cls", "mean" and "motion", all the flattened picture."""
         if self.kind == "pixel_pca":
             small = F.adaptive_avg_pool3d(clip.mean(1, keepdim=True), (16, 16, 16))
         else:
             small = F.interpolate(self._picture(clip), (THUMBNAIL, THUMBNAIL), mode="area")
         flat = small.flatten(1)
-        return {"cls": flat, "mean": flat}
+        return {"cls": flat, "mean": flat, "motion": flat}
 
     @torch.no_grad()
     def tokens(self, clip: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from discovr_monai.evaluation.encoders import EvaluatedEncoder
 from discovr_monai.types import DatalistRow
 from discovr_monai.weights import save_atomic
 
-POOLINGS = ("cls", "mean", "both")
+POOLINGS = ("cls", "mean", "both", "motion")
 COMPONENTS = 128  # of the pixels
 
 
@@ -32,22 +32,24 @@ class Section:
 
     Attributes:
         rows: the datalist's, in the arrays' order.
-        cls, mean: (M, D) float32, averaged over each cine's clips.
+        cls, mean, motion: (M, D) float32, averaged over each cine's clips; see
+            :func:`discovr_monai.evaluation.encoders.pool_tokens`.
         tokens: (M, N, d) float16 of the whole cine's clips, averaged, or None.
     """
 
     rows: list[DatalistRow]
     cls: np.ndarray
     mean: np.ndarray
+    motion: np.ndarray
     tokens: np.ndarray | None = None
 
     def pooled(self, pooling: str) -> np.ndarray:
-        """(M, D): "cls", "mean", or "both" side by side."""
+        """(M, D): "cls", "mean", "both" of these side by side, or "motion"."""
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} must be one of {', '.join(POOLINGS)}")
         if pooling == "both":
             return np.concatenate((self.cls, self.mean), axis=1)
-        return self.cls if pooling == "cls" else self.mean
+        return {"cls": self.cls, "mean": self.mean, "motion": self.motion}[pooling]
 
 
 def patients_of(rows: Sequence[DatalistRow]) -> list[str]:
@@ -143,7 +145,7 @@ class Features:
         """All sections; from the file, or computed and written to it."""
         if self._loaded is None:
             arrays = self._read() if self.file.exists() else {}
-            missing = [name for name in self.rows if f"{name}/cls" not in arrays]
+            missing = [name for name in self.rows if f"{name}/motion" not in arrays]
             if missing:
                 arrays = self._compute(arrays, missing)
             self._loaded = {
@@ -151,6 +153,7 @@ class Features:
                     rows,
                     arrays[f"{name}/cls"],
                     arrays[f"{name}/mean"],
+                    arrays[f"{name}/motion"],
                     arrays.get(f"{name}/tokens"),
                 )
                 for name, rows in self.rows.items()
@@ -202,7 +205,7 @@ class Features:
         dataset = ClipDataset(rows, self.clips())
         per_batch = max(1, self.batch_size // self.clips_per_cine)
         batches = torch.utils.data.DataLoader(dataset, per_batch, num_workers=self.workers)
-        found: dict[str, list[np.ndarray]] = {"cls": [], "mean": []}
+        found: dict[str, list[np.ndarray]] = {"cls": [], "mean": [], "motion": []}
         for batch in tqdm(batches, desc=f"features of {name}", unit="batch"):
             image = torch.as_tensor(batch["image"])
             clips = image.flatten(0, 1) if self.clips_per_cine > 1 else image
@@ -249,7 +252,9 @@ def _reduce(sections: dict[str, dict[str, np.ndarray]]) -> None:
     first = next(iter(sections.values()))["cls"]
     pca = PCA(min(COMPONENTS, *first.shape), svd_solver="full").fit(first)
     for found in sections.values():
-        found["cls"] = found["mean"] = pca.transform(found["cls"]).astype(np.float32)
+        found["cls"] = found["mean"] = found["motion"] = pca.transform(found["cls"]).astype(
+            np.float32
+        )
 
 
 def subset_by_patient(

@@ -65,7 +65,7 @@ class KNN:
         test: sections that are classified.
         k: neighbours, several.
         temperature: of the vote.
-        pooling: "cls", "mean" or "both".
+        pooling: "cls", "mean", "both" or "motion"; see :class:`Section`.
         label_fractions: shares of the bank's patients, 1 among them.
         seed: of the shares.
     """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from discovr_monai.data.dataset import ClipDataset, EpochSampler
-from discovr_monai.evaluation.encoders import FrozenEncoder
+from discovr_monai.evaluation.encoders import PLACES, FrozenEncoder, pool_tokens
 from discovr_monai.evaluation.features import Features, Section, subset_by_patient
 from discovr_monai.evaluation.fitting import fit, last_blocks, scaled_groups
 from discovr_monai.evaluation.labels import ejection_fractions
@@ -52,7 +52,7 @@ class Regressor(nn.Module):
     Args:
         encoder: is copied.
         blocks: how many last blocks are trained.
-        pooling: "cls", "mean" or "both".
+        pooling: "cls", "mean", "both" or "motion"; see :class:`Section`.
         mean, spread: of the training values; the output starts at the mean.
         layer_decay, weight_decay: see :func:`last_blocks`.
     """
@@ -71,7 +71,8 @@ class Regressor(nn.Module):
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
         self.pooling, self.mean, self.spread = pooling, mean, spread
-        width = encoder.token_dim * (2 if pooling == "both" else 1)
+        places = min(encoder.grid[1], PLACES) * min(encoder.grid[2], PLACES)
+        width = encoder.token_dim * {"both": 2, "motion": places}.get(pooling, 1)
         last = nn.Linear(width, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -83,8 +84,9 @@ class Regressor(nn.Module):
     def forward(self, clip: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B,) values in the labels' unit."""
         found = self.encoder(clip)  # (B, t, 1 + n, d)
-        cls, mean = found[:, :, 0].mean(1), found[:, :, 1:].mean((1, 2))
-        x = {"cls": cls, "mean": mean, "both": torch.cat((cls, mean), -1)}[self.pooling]
+        pooled = pool_tokens(found, self.encoder.grid)
+        both = torch.cat((pooled["cls"], pooled["mean"]), -1)
+        x = {**pooled, "both": both}[self.pooling]
         return self.mean + self.spread * self.head(x)[:, 0]
 
 
@@ -96,7 +98,7 @@ class LVEF:
         label_key: row key of the EF in percent.
         train, validation, test: sections.
         method: "ridge" on frozen features, or "fine_tune".
-        pooling: "cls", "mean" or "both".
+        pooling: "cls", "mean", "both" or "motion"; see :class:`Section`.
         label_fractions: shares of the training patients whose labels are used, 1 among them.
         alphas: ridge penalties to choose from.
         thresholds: EF below which a heart counts as positive in an AUROC.

@@ -147,7 +147,7 @@ class LinearProbe:
         train, validation, test: sections.
         probe: "logistic" (scikit-learn, C chosen on validation), "linear" (batch norm and a
             linear layer, trained) or "attentive" (one attention layer over the tokens, trained).
-        pooling: "cls", "mean" or "both".
+        pooling: "cls", "mean", "both" or "motion"; see :class:`Section`.
         label_fractions: shares of the training patients whose labels are used, 1 among them.
         c: values of C to choose from.
         epochs, lr, weight_decay, batch_size: of the trained heads.

@@ -45,7 +45,7 @@ def made_up(strength: float = 3.0, tokens: bool = False, **rows_of) -> SimpleNam
                  "ef": ef}
             )  # fmt: skip
         every = np.repeat(x[:, None], 3, 1).astype(np.float16) if tokens else None
-        sections[name] = Section(rows[name], x, x, every)
+        sections[name] = Section(rows[name], x, x, x, every)
     fake = SimpleNamespace(
         rows=rows, keep_tokens=tokens, clips_per_cine=1,
         encoder=SimpleNamespace(device=torch.device("cpu"), branch="video_teacher", module=None),
