@@ -295,6 +295,36 @@ def test_every_branch_gives_features_and_tokens(real, branch):
     assert section.tokens.shape[1:] == (t * h * w, found.encoder.module.token_dim)
 
 
+def test_motion_is_the_deviation_over_time_by_place():
+    from discovr_monai.evaluation.encoders import pool_tokens
+
+    tokens = torch.zeros(2, 3, 8, 8, 5)  # (B, t, h, w, d)
+    tokens += torch.randn(2, 1, 8, 8, 5)  # what stands still
+    tokens[:, 1, :2, 6:, 3] += 3.0  # one place and feature moves, at the upper right
+    found = torch.cat([torch.ones(2, 1, 1, 5), tokens.flatten(1, 3)[:, None]], 2)  # CLS first
+    pooled = pool_tokens(found, (3, 8, 8))
+    assert pooled["motion"].shape == (2, 5 * 4 * 4)
+    motion = pooled["motion"].clone().unflatten(1, (5, 4, 4))
+    assert motion[:, 3, 0, 3] == pytest.approx(np.std([0, 3, 0]), abs=1e-4)
+    motion[:, 3, 0, 3] = 0
+    assert motion.abs().max() < 1e-5
+    torch.testing.assert_close(pooled["mean"], tokens.mean((1, 2, 3)))
+    by_frame = torch.cat([torch.ones(2, 3, 1, 5), tokens.flatten(2, 3)], 2)  # the image branch
+    torch.testing.assert_close(pool_tokens(by_frame, (3, 8, 8))["motion"], pooled["motion"])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "both", "motion"])
+def test_an_ef_can_be_fine_tuned_from_any_pooling(real, pooling):
+    from discovr_monai.evaluation.lvef import Regressor
+
+    encoder = real().encoder.module
+    network = Regressor(encoder, 1, pooling, 55.0, 12.0, layer_decay=0.75, weight_decay=0.0)
+    out = network(torch.randn(2, *encoder.clip_shape))
+    torch.testing.assert_close(out, torch.full((2,), 55.0))
+    out.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
 def test_temporal_std_sees_motion_and_the_mean_frame_does_not():
     from discovr_monai.evaluation.encoders import SimpleFeatures
 
