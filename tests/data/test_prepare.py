@@ -280,3 +280,25 @@ def test_the_commands(archive, tmp_path, capsys, monkeypatch):
     assert main(["shards", str(tmp_path / "o"), str(tmp_path / "s")]) == 0
     assert main(["prepare", str(tmp_path / "none"), str(tmp_path / "o")]) == 1
     assert "Error: 'none' does not exist" in capsys.readouterr().err
+
+
+# ---- links that lead outside ---------------------------------------------------------------
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path, salt):
+    from discovr_monai.data.catalogue import build_datalist
+    from discovr_monai.data.datalist import scan_folder
+
+    secret = write_layout("csv-list", tmp_path / "secret", patients=4) / "clips"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(secret / "c1.avi", folder / "own.avi")
+    (folder / "stolen.avi").symlink_to(secret / "c0.avi")
+    (folder / "all").symlink_to(secret)
+    loader = LoadCined(root=folder)
+    found = scan_folder(folder, loader=loader, output_dir=tmp_path / "scan", quiet=True)
+    assert [r["image"] for rows in found.sections.values() for r in rows] == ["own.avi"]
+    counts = prepare(folder, tmp_path / "out", salt_file=salt, workers=1, progress=False)
+    assert counts == {"kept": 1, "it is a link that leads outside the folder": 1}
+    listed = build_datalist("folder", folder)
+    assert [e.kind for e in listed.set_aside] == ["refused"]

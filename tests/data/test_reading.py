@@ -212,3 +212,17 @@ def test_no_tag_of_the_patient_gets_out(tmp_path):
     cine = read_cine(write_dicom(tmp_path / "a.dcm", moving_blob()))
     assert "MRN" not in repr(cine)
     assert "Smith" not in repr(cine)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    content=st.binary(max_size=400),
+    head=st.sampled_from([b"", b"RIFF\0\0\0\0AVI LIST", b"\0\0\0\x18ftypmp42", b"\0" * 128 + b"DICM", b"\x93NUMPY\x01\0", b"\x1f\x8b\x08\0", b"\x1aE\xdf\xa3"]),
+    suffix=st.sampled_from([".avi", ".mp4", ".dcm", ".nii", ".nii.gz", ".mhd", ".mha", ".nrrd", ".npy", "", ".txt"]),
+)  # fmt: skip
+def test_any_bytes_get_one_clear_error(tmp_path, content, head, suffix):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(head + content)
+    with pytest.raises(CineError) as error:
+        read_cine(path)
+    assert str(error.value).startswith(f"x{suffix}: ") and str(tmp_path) not in str(error.value)
