@@ -75,7 +75,7 @@ def _rows(folder):
 def test_the_same_checkpoint_gives_the_same_bytes(evaluate, task, tmp_path):
     written = []
     for number in range(2):
-        done = evaluate(task, "--output_dir", str(tmp_path / str(number)), "--mlflow", "false",
+        done = evaluate(task, "--output_dir", str(tmp_path / str(number)), "--mlflow", "False",
                         "--cache_dir", str(tmp_path / f"c{number}"))  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         files = ("results.json", "results.csv", "predictions.csv")
@@ -86,11 +86,11 @@ def test_the_same_checkpoint_gives_the_same_bytes(evaluate, task, tmp_path):
 def test_the_trained_probes_and_fine_tuning_run(evaluate, tmp_path):
     file = str(tmp_path / "tokens.npz")
     for task, more in [
-        ("linear_probe", ["--probe", "attentive", "--tokens", "true", "--features_file", file]),
+        ("linear_probe", ["--probe", "attentive", "--tokens", "True", "--features_file", file]),
         ("lvef", ["--method", "fine_tune", "--blocks", "1", "--epochs", "1"]),
     ]:
         done = evaluate(task, "--output_dir", str(tmp_path / task), "--epochs", "2",
-                        "--mlflow", "false", *more)  # fmt: skip
+                        "--mlflow", "False", *more)  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
 
 
