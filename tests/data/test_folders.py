@@ -250,17 +250,19 @@ def test_text_menus_and_traces_are_blanked():
 
 def test_no_text_of_the_real_cine_survives():
     cine = Cine(pydicom.pixels.pixel_array(REAL)[..., 1], None, "unknown", from_dicom=True)
-    mask = sector_mask(cine.frames)
+    seen, (top, left) = isolate_sector(cine)
+    whole = np.zeros_like(cine.frames)  # what is kept, where it was
+    whole[:, top : top + seen.shape[1], left : left + seen.shape[2]] = seen
     for rows, columns in (
         (slice(0, 30), slice(0, 60)),
         (slice(0, 220), slice(290, 320)),
         (slice(222, 240), slice(0, 320)),
     ):
         assert cine.frames[:, rows, columns].max() > 60  # there is text
-        assert not mask[rows, columns].any()
-    assert mask[60:190, 130:220].mean() > 0.95
-    box, _ = isolate_sector(cine)
-    assert box.shape[1] < 200
+        # the fan's dark corner reaches there: no mark, at most what compression smeared of one
+        assert whole[:, rows, columns].max() < 24
+    assert sector_mask(cine.frames)[60:190, 130:220].mean() > 0.95
+    assert seen.shape[1] < 200
 
 
 def test_pre_cropped_clips_are_left_alone(tmp_path):
