@@ -30,7 +30,7 @@ def rows(root: Path, *, threshold: float = 50.0) -> Iterator[DatalistRow | CineE
         FileNotFoundError: if neither table is there.
     """
     records = sorted(root.rglob("echo-record-list.csv"))
-    labelled = [p for p in sorted(root.rglob("FileList.csv")) if "LVEF_A4C" in p.open().readline()]
+    labelled = [p for p in sorted(root.rglob("FileList.csv")) if _is_lvvol(p)]
     if not records and not labelled:
         raise FileNotFoundError(
             f"{root.name!r} does not look like MIMIC-IV-ECHO: there is neither "
@@ -50,6 +50,11 @@ def rows(root: Path, *, threshold: float = 50.0) -> Iterator[DatalistRow | CineE
                 "study": item["study_id"],
                 "split": "pretraining",
             }
+
+
+def _is_lvvol(table: Path) -> bool:
+    with table.open(encoding="latin-1") as file:
+        return "LVEF_A4C" in file.readline()
 
 
 def _labelled(root: Path, table: Path, threshold: float) -> Iterator[DatalistRow | CineError]:

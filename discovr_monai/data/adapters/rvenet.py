@@ -33,7 +33,8 @@ def rows(root: Path, *, threshold: float = 45.0) -> Iterator[DatalistRow | CineE
     folder = find_folder(root, "codebook.csv", TITLE)
     files = files_by_stem(folder, (".dcm",))
     table = folder / "codebook.csv"
-    delimiter = ";" if ";" in table.open(encoding="latin-1").readline() else ","
+    with table.open(encoding="latin-1") as file:
+        delimiter = ";" if ";" in file.readline() else ","
     for item in read_table(table, ("FileName", "RVEF", "Split"), delimiter=delimiter):
         name = item["FileName"].removesuffix(".dcm")
         path = files.get(name.lower())
