@@ -38,7 +38,8 @@ class Cine:
         fps: frames per second, or None where the file does not tell.
         fps_source: where fps came from: "FrameTime", "FrameTimeVector", "CineRate",
             "RecommendedDisplayFrameRate", "container", "header" or "unknown".
-        spacing: (row, column) pixel spacing in mm, or None where the file does not tell.
+        spacing: (row, column) pixel spacing in mm of the file's own frames, or None where the
+            file does not tell.
         region: rows and columns of the one 2-D tissue region that a DICOM file names.
         from_dicom: whether it was read from DICOM.
         window: (H, W, top, left, height, width): the size of the file's frames and the part of
@@ -68,12 +69,14 @@ class PreparedCine(NamedTuple):
     Attributes:
         frames: (T, H, W[, 3]) uint8, memory-mapped when it comes from the store.
         fps, fps_source, window: as in :class:`Cine`.
+        spacing: (row, column) mm of the file's own frames, or None.
     """
 
     frames: np.ndarray
     fps: float | None
     fps_source: str
     window: tuple[int, int, int, int, int, int]
+    spacing: tuple[float, float] | None = None
 
 
 class DatalistRow(TypedDict, total=False):

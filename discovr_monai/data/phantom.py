@@ -327,6 +327,7 @@ def _datalist(clips: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str
             **{key: c[key] for key in ("label", "ed_frame", "es_frame", "population", "kind")},
             "mask": f"Masks/{c['name']}.npz",
             "spacing": [round(c["spacing"], 6)] * 2,
+            "view": "A4C",
         }
         out[keys[c["split"]]].append(row)
     normal_only = settings["normal_only_pretraining"]

@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ def prepare_file(name: str, settings: Settings) -> dict[str, Any]:
             row["spacing"] = [round(s * scale, 5) for s in cine.spacing]
         _save(settings.out / row["image"], frames)
         if settings.dicom:
-            _save_dicom(replace(whole, spacing=cine.spacing), row, settings)
+            _save_dicom(whole, row, settings)
     except CineError as error:
         return {"bad": (error.kind, error.problem, error.remedy)}
     except MemoryError:

@@ -192,4 +192,4 @@ def prepare_cine(
     window = (*cine.frames.shape[1:3], *corner, *frames.shape[1:3])
     if size is not None:
         frames = resize_square(frames, size)
-    return replace(cine, frames=frames, region=None, spacing=None, window=window)
+    return replace(cine, frames=frames, region=None, window=window)

@@ -16,14 +16,14 @@ import numpy as np
 
 from discovr_monai.types import Cine, PreparedCine
 
-VERSION = 3
+VERSION = 4
 STALE_SECONDS = 3600  # temporary files older than this were left by a crash
 
 
 def prepared(cine: Cine) -> PreparedCine:
     """What the store keeps of a cine."""
     window = cine.window or (*cine.frames.shape[1:3], 0, 0, *cine.frames.shape[1:3])
-    return PreparedCine(cine.frames, cine.fps, cine.fps_source, window)
+    return PreparedCine(cine.frames, cine.fps, cine.fps_source, window, cine.spacing)
 
 
 class CineStore:
@@ -76,7 +76,9 @@ class CineStore:
             now = time.time()
             if now - entry.stat().st_atime > 60:  # marks its use, also where atime is off
                 os.utime(entry, (now, entry.stat().st_mtime))
-            return PreparedCine(frames, about["fps"], about["fps_source"], tuple(about["window"]))
+            spacing = tuple(about["spacing"]) if about["spacing"] else None
+            window = tuple(about["window"])
+            return PreparedCine(frames, about["fps"], about["fps_source"], window, spacing)
         except FileNotFoundError:
             return None
         except (ValueError, OSError, KeyError):  # cut short by a crash of the machine
@@ -88,8 +90,7 @@ class CineStore:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._make_room(cine.frames.nbytes)
-            known = {"fps": cine.fps, "fps_source": cine.fps_source, "window": cine.window}
-            about = json.dumps(known)
+            about = json.dumps({k: v for k, v in cine._asdict().items() if k != "frames"})
             self._put(entry.with_suffix(".json"), lambda file: file.write(about.encode()))
             self._put(entry, lambda file: np.save(file, cine.frames, allow_pickle=False))
         except OSError as error:

@@ -25,8 +25,8 @@ class LoadCined(MapTransform):
     """Reads cines, isolates the sector, resizes, through a store if one is given.
 
     Row[key] is a path; it becomes (C, T, H, W) uint8, C = 1 (luma) or 3, lazily
-    memory-mapped when it comes from the store. Adds "fps" (the row's own wins), "fps_source" and
-    "window" (see :class:`Cine`).
+    memory-mapped when it comes from the store. Adds "fps" and "spacing" (the row's own win),
+    "fps_source" and "window" (see :class:`Cine`).
 
     Args:
         keys: "image".
@@ -101,7 +101,9 @@ class LoadCined(MapTransform):
         row = dict(data)
         for key in self.key_iterator(row):
             found = self.load(str(row[key]), row.get("first"), row.get("num_frames"))
-            frames, fps, source, row["window"] = found
+            frames, fps, source, row["window"], spacing = found
+            if spacing and not row.get("spacing"):
+                row["spacing"] = list(spacing)
             own = row.get("fps")
             row["name"] = str(row[key])
             row["fps"], row["fps_source"] = (own, "datalist") if own else (fps, source)

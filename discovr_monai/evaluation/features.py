@@ -123,7 +123,7 @@ class Features:
         self.encoder, self.loader, self.file = encoder, loader, Path(file)
         self.rows = {name: data.rows(name) for name in dict.fromkeys(sections)}
         check_splits(self.rows)
-        own = stride is None and duration is None
+        self.own_sampling = own = stride is None and duration is None
         self.sampling: dict[str, Any] = {
             "stride": encoder.clip["stride"] if own else stride,
             "duration": encoder.clip["duration"] if own else duration,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from discovr_monai.data.dataset import ClipDataset, EpochSampler
 from discovr_monai.evaluation.encoders import PLACES, FrozenEncoder, pool_tokens
 from discovr_monai.evaluation.features import Features, Section, subset_by_patient
 from discovr_monai.evaluation.fitting import fit, last_blocks, scaled_groups
+from discovr_monai.evaluation.heads import Familiarity, LinearHead, views_of, write_head
 from discovr_monai.evaluation.labels import ejection_fractions
 from discovr_monai.evaluation.plots import draw_agreement, draw_learning_curve, draw_map, draw_roc
 from discovr_monai.evaluation.results import Results
@@ -33,17 +35,19 @@ Predictor = Callable[[str], np.ndarray]
 
 def fit_ridge(
     train: np.ndarray, values: np.ndarray, alphas: Sequence[float]
-) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+) -> tuple[np.ndarray, float, float]:
     """Ridge on standardised features; alpha by leave-one-out on the training cines.
 
     So the validation section stays untouched for the conformal interval.
 
     Returns:
-        (features (M, D) -> values (M,)), and the chosen alpha.
+        Weights (D,) and bias on features as they are, and the chosen alpha.
     """
     scaler = StandardScaler().fit(train)
     model = RidgeCV(list(alphas)).fit(scaler.transform(train.astype(np.float64)), values)
-    return (lambda x: model.predict(scaler.transform(x.astype(np.float64)))), float(model.alpha_)
+    weight = model.coef_ / scaler.scale_
+    bias = float(model.intercept_ - weight @ scaler.mean_)
+    return weight, bias, float(model.alpha_)
 
 
 class Regressor(nn.Module):
@@ -105,6 +109,8 @@ class LVEF:
         coverage: of the split-conformal interval, calibrated on the validation section.
         blocks, layer_decay, epochs, lr, weight_decay, warmup_epochs, batch_size: fine-tuning.
         seed: of fine-tuning and subsets.
+        save_head: file to write the ridge head of all labels to, for inference; None for none.
+        view: of the training cines, where the datalist does not say; a head needs it.
     """
 
     def __init__(
@@ -130,11 +136,15 @@ class LVEF:
         warmup_epochs: float = 1.0,
         batch_size: int = 16,
         seed: int = 0,
+        save_head: str | Path | None = None,
+        view: str | None = None,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method {method!r} must be one of {', '.join(METHODS)}")
         if method == "fine_tune" and not isinstance(features.encoder.module, FrozenEncoder):
             raise ValueError(f"branch {features.encoder.branch!r} has no blocks to fine-tune")
+        if save_head is not None and (method != "ridge" or not features.own_sampling):
+            raise ValueError("save_head needs method ridge and the training's stride and duration")
         if not 0 < coverage < 1:
             raise ValueError(f"coverage {coverage} must lie in (0, 1)")
         self.features, self.results, self.label_key = features, results, label_key
@@ -145,6 +155,8 @@ class LVEF:
         self.blocks, self.layer_decay = blocks, layer_decay
         self.weight_decay, self.batch_size = weight_decay, batch_size
         self.epochs, self.lr, self.warmup_epochs = epochs, lr, warmup_epochs
+        self.save_head = save_head
+        self.views = [] if save_head is None else views_of(features.rows[train], view)
 
     def run(self) -> dict:
         """Evaluates, writes, returns the results."""
@@ -162,6 +174,8 @@ class LVEF:
             radius = conformal_radius(
                 truth[self.validation] - predict(self.validation), self.coverage
             )
+            if self.save_head is not None and fraction == 1:
+                self._save(radius)
             for section in self.test:
                 found = self._report(section, truth[section], predict(section), radius, fraction)
                 curves.setdefault(f"{section}, MAE", []).append(found["mae"])
@@ -224,14 +238,38 @@ class LVEF:
         if self.method == "fine_tune":
             return self._fine_tune(kept, truth)
         x = self.features[self.train].pooled(self.pooling)[kept]
-        model, alpha = fit_ridge(x, truth[self.train][kept], self.alphas)
+        self._line = weight, bias, alpha = fit_ridge(x, truth[self.train][kept], self.alphas)
         self.results.facts.setdefault("chosen_alpha", []).append(float(f"{alpha:.6g}"))
 
         def predict(section: str) -> np.ndarray:
             found: Section = self.features[section]
-            return model(found.pooled(self.pooling))
+            return found.pooled(self.pooling).astype(np.float64) @ weight + bias
 
         return predict
+
+    def _save(self, radius: float) -> None:
+        """The ridge head of all labels, and what is like its training."""
+        assert self.save_head is not None
+        encoder, (weight, bias, _) = self.features.encoder, self._line
+        head = LinearHead(len(weight))
+        head.weight.copy_(torch.from_numpy(weight))
+        head.bias.fill_(bias)
+        head.radius.fill_(radius)
+        about = {
+            "kind": "ef",
+            "checkpoint": encoder.sha256,
+            "branch": encoder.branch,
+            "pooling": self.pooling,
+            "width": len(weight),
+            "clips_per_cine": self.features.clips_per_cine,
+            "coverage": self.coverage,
+            "views": self.views,
+            "cines": len(self.features.rows[self.train]),
+        }
+        familiar = Familiarity.fit(
+            self.features[self.train].mean, self.features[self.validation].mean
+        )
+        write_head(self.save_head, about, {"ef": head, "ef_familiarity": familiar})
 
     def _fine_tune(self, kept: np.ndarray, truth: dict[str, np.ndarray]) -> Predictor:
         encoder, module = self.features.encoder, self.features.encoder.module

@@ -6,64 +6,39 @@ frames only, used on every frame.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceCELoss
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from discovr_monai.data.datalist import Datalist
 from discovr_monai.data.masks import mask_name, read_masks, window_masks
 from discovr_monai.data.transforms import LoadCined
-from discovr_monai.evaluation.encoders import Backbone, EvaluatedEncoder, FrozenEncoder
-from discovr_monai.evaluation.features import check_splits, subset_by_patient
-from discovr_monai.evaluation.fitting import fit, last_blocks, scaled_groups
+from discovr_monai.evaluation.encoders import TRAINED, EvaluatedEncoder
+from discovr_monai.evaluation.features import Features, check_splits, subset_by_patient
+from discovr_monai.evaluation.fitting import fit
+from discovr_monai.evaluation.heads import Familiarity, views_of, write_head
 from discovr_monai.evaluation.labels import values_of
 from discovr_monai.evaluation.results import Results
 from discovr_monai.evaluation.segmentation_report import Case, report
+from discovr_monai.evaluation.segmenter import (
+    HEADS,
+    SegmentationHead,
+    Segmenter,
+    clip_stride,
+    cover,
+    frames_around,
+    label_frames,
+)
 from discovr_monai.types import CineError, DatalistRow
-
-HEADS = ("linear", "conv")
-
-
-def frames_around(
-    length: int, frame: int, num_frames: int, stride: float, slot: int, tubelet: int
-) -> tuple[np.ndarray, int]:
-    """A clip that holds a given frame at a given place of its tubelet, the middle if it can.
-
-    Args:
-        length: of the cine; frame: in 0..length-1.
-        num_frames, stride: of the clip.
-        slot: place in the tubelet, 0..tubelet-1.
-
-    Returns:
-        (num_frames,) frames of the cine (its ends repeat where it is too short), and the
-        position of ``frame`` among them.
-    """
-    places = np.arange(slot, num_frames, tubelet)
-    first = frame - places * stride
-    outside = np.maximum(-first, 0) + np.maximum(first + (num_frames - 1) * stride - length + 1, 0)
-    middle = np.abs(places - (num_frames - 1) / 2)
-    position = int(places[np.lexsort((middle, outside))[0]])
-    steps = np.rint(frame + (np.arange(num_frames) - position) * stride).astype(int)
-    return np.clip(steps, 0, length - 1), position
-
-
-def cover(length: int, num_frames: int, stride: int) -> Iterator[np.ndarray]:
-    """Clips (num_frames,) of ``stride`` that together hold every frame of a cine."""
-    for phase in range(min(stride, length)):
-        walk = np.arange(phase, length, stride)
-        for start in range(0, len(walk), num_frames):
-            start = max(0, min(start, len(walk) - num_frames))  # the last one ends at the end
-            clip = walk[start : start + num_frames]
-            yield np.pad(clip, (0, num_frames - len(clip)), mode="edge")
 
 
 def _with_masks(rows: Sequence[DatalistRow], section: str) -> list[DatalistRow]:
@@ -74,105 +49,6 @@ def _with_masks(rows: Sequence[DatalistRow], section: str) -> list[DatalistRow]:
     if len(kept) < len(rows):
         print(f"section {section!r}: {len(rows) - len(kept)} of {len(rows)} cines have no mask")
     return kept
-
-
-class SegmentationHead(nn.Module):
-    """Patch tokens to logits for each frame of the tubelet.
-
-    Args:
-        dim: width of a token.
-        classes: with background.
-        tubelet: frames of a token.
-        kind: "linear" (batch norm without affine, 1 x 1) or "conv" (two 3 x 3 layers, each
-            followed by doubling the grid).
-    """
-
-    def __init__(self, dim: int, classes: int, tubelet: int, kind: str = "linear") -> None:
-        super().__init__()
-        if kind not in HEADS:
-            raise ValueError(f"head {kind!r} must be one of {', '.join(HEADS)}")
-        self.classes, self.tubelet = classes, tubelet
-        norm = nn.BatchNorm2d(dim, affine=False)
-        out = classes * tubelet
-        if kind == "linear":
-            self.layers = nn.Sequential(norm, nn.Conv2d(dim, out, 1))
-        else:
-            self.layers = nn.Sequential(
-                norm,
-                nn.Conv2d(dim, 128, 3, padding=1),
-                nn.GroupNorm(8, 128),
-                nn.GELU(),
-                nn.Upsample(scale_factor=2, mode="bilinear"),
-                nn.Conv2d(128, 64, 3, padding=1),
-                nn.GroupNorm(8, 64),
-                nn.GELU(),
-                nn.Upsample(scale_factor=2, mode="bilinear"),
-                nn.Conv2d(64, out, 1),
-            )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, h, w, d) -> (B, tubelet, classes, h', w')."""
-        maps = self.layers(tokens.permute(0, 3, 1, 2))  # (B, u C, h', w')
-        return maps.unflatten(1, (self.tubelet, self.classes))
-
-
-class Segmenter(nn.Module):
-    """An encoder, frozen but for its last blocks, and a head.
-
-    Args:
-        encoder: :class:`FrozenEncoder` (copied if blocks are trained) or simple features.
-        head: see :class:`SegmentationHead`.
-        blocks: how many last blocks are trained.
-        layer_decay, weight_decay: see :func:`last_blocks`.
-    """
-
-    def __init__(
-        self,
-        encoder: Backbone,
-        head: SegmentationHead,
-        blocks: int = 0,
-        *,
-        layer_decay: float = 0.75,
-        weight_decay: float = 0.05,
-    ) -> None:
-        super().__init__()
-        self.encoder, self.head, self.blocks = encoder, head, blocks
-        self.groups = scaled_groups(head, 1.0, weight_decay)
-        if blocks:
-            if not isinstance(encoder, FrozenEncoder):
-                raise ValueError("simple features have no blocks to train: set blocks to 0")
-            self.encoder = own = copy.deepcopy(encoder)
-            self.groups += last_blocks(
-                own.encoder, blocks, layer_decay=layer_decay, weight_decay=weight_decay
-            )
-
-    def tokens(self, clip: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B, t, h, w, d); with gradient only if blocks are trained."""
-        if not self.blocks:
-            return self.encoder.tokens(clip)
-        found = self.encoder(clip)[:, :, 1:]
-        return found.reshape(len(clip), *self.encoder.grid, -1)
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (B, classes, h', w') of one frame of each sample.
-
-        Args:
-            inputs: "position" (B,) of the frame in its clip, and "clip" (B, 3, T, H, W), or
-                "tokens" (B, h, w, d) of its tubelet where the backbone is frozen.
-        """
-        position = inputs["position"]
-        if "tokens" in inputs:
-            tokens = inputs["tokens"]
-        else:
-            tubelet = position // self.head.tubelet
-            tokens = self.tokens(inputs["clip"])[torch.arange(len(position)), tubelet]
-        return self.head(tokens)[torch.arange(len(position)), position % self.head.tubelet]
-
-    def every_frame(self, clip: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> logits (B, T, classes, h', w')."""
-        tokens = self.tokens(clip)  # (B, t, h, w, d)
-        maps = self.head(tokens.flatten(0, 1))  # (B t, u, C, h', w')
-        return maps.flatten(0, 1).unflatten(0, (len(clip), -1))
 
 
 @dataclass
@@ -204,7 +80,7 @@ class LabelledClips(Dataset):
             cine.shape[1],
             item.frame,
             like.num_frames,
-            clip_stride(like, row.get("fps"), item.row["image"]),
+            clip_stride(like.clip, like.num_frames, row.get("fps"), item.row["image"]),
             (index + index // tubelet) % tubelet,  # ED and ES both take every place in turn
             tubelet,
         )
@@ -212,16 +88,6 @@ class LabelledClips(Dataset):
         labels = F.interpolate(labels, (like.image_size,) * 2, mode="nearest-exact")[0]
         image = torch.from_numpy(np.ascontiguousarray(cine[:, steps]))
         return {"image": image, "position": position, "labels": labels.long()}
-
-
-def clip_stride(encoder: EvaluatedEncoder, fps: float | None, name: str) -> float:
-    """Frames between samples of the training's clips, for a cine of this frame rate."""
-    if encoder.clip["stride"] is not None:
-        return float(encoder.clip["stride"])
-    fps = fps or encoder.clip["default_fps"]
-    if not fps:
-        raise CineError(name, "its frame rate is unknown", "Give fps in the datalist")
-    return float(encoder.clip["duration"] * fps / encoder.num_frames)
 
 
 class Segmentation:
@@ -238,6 +104,8 @@ class Segmentation:
         every_frame: whether to segment all frames of the test cines (EF, area over time).
         epochs, lr, weight_decay, layer_decay, batch_size, seed: of the training.
         fps: of the animations.
+        save_head: file to write the head of all labels to, for inference; None for none.
+        view: of the training cines, where the datalist does not say; a saved head needs it.
     """
 
     def __init__(
@@ -262,7 +130,11 @@ class Segmentation:
         batch_size: int = 32,
         seed: int = 0,
         fps: float = 15.0,
+        save_head: str | Path | None = None,
+        view: str | None = None,
     ) -> None:
+        if save_head is not None and (blocks or encoder.branch not in TRAINED):
+            raise ValueError("save_head needs a frozen branch of the network: set blocks to 0")
         if head not in HEADS:
             raise ValueError(f"head {head!r} must be one of {', '.join(HEADS)}")
         self.encoder, self.loader, self.results = encoder, loader, results
@@ -276,6 +148,8 @@ class Segmentation:
         self.label_fractions, self.every_frame = list(label_fractions), every_frame
         self.epochs, self.lr, self.weight_decay = epochs, lr, weight_decay
         self.layer_decay, self.batch_size, self.seed, self.fps = layer_decay, batch_size, seed, fps
+        self.save_head, self.data = save_head, data
+        self.views = [] if save_head is None else views_of(self.rows[train], view)
 
     def run(self) -> dict:
         """Evaluates, writes, returns the results."""
@@ -285,6 +159,8 @@ class Segmentation:
             kept = subset_by_patient(self.rows[self.train], fraction, self.seed)
             rows = [self.rows[self.train][i] for i in kept]
             network = self._fit(self._inputs(self._labelled(rows)), held)
+            if self.save_head is not None and fraction == 1:
+                self._save(network.head)
             for section in self.test:
                 cases = self._cases(network, self.rows[section], section)
                 report(
@@ -406,6 +282,27 @@ class Segmentation:
         )
         return network
 
+    def _save(self, head: SegmentationHead) -> None:
+        """The head, and what is like its training."""
+        assert self.save_head is not None
+        both = (self.train, self.validation)
+        file = Path(self.save_head).with_suffix(".features.npz")
+        file.unlink(missing_ok=True)
+        seen = Features(self.encoder, self.data, self.loader, both, file)
+        familiar = Familiarity.fit(*(seen[section].mean for section in both))
+        file.unlink()
+        about = {
+            "kind": "segmentation",
+            "checkpoint": self.encoder.sha256,
+            "branch": self.encoder.branch,
+            "head": self.head,
+            "structures": self.structures,
+            "views": self.views,
+            "cines": len(self.rows[self.train]),
+        }
+        parts = {"segmentation": head, "segmentation_familiarity": familiar}
+        write_head(self.save_head, about, parts)
+
     # ---- testing -------------------------------------------------------------------------
 
     def _cases(self, network: Segmenter, rows: Sequence[DatalistRow], section: str) -> list[Case]:
@@ -442,22 +339,20 @@ class Segmentation:
     ) -> np.ndarray:
         """(len(wanted), size, size) uint8 labels."""
         like = self.encoder
-        stride = clip_stride(like, fps, row["image"])
+        stride = clip_stride(like.clip, like.num_frames, fps, row["image"])
         tubelet = network.head.tubelet
         if self.every_frame:
-            steps = list(cover(cine.shape[1], like.num_frames, max(1, round(stride))))
-            places = [np.arange(like.num_frames)] * len(steps)
+            whole = np.arange(like.num_frames)
+            steps = cover(cine.shape[1], like.num_frames, max(1, round(stride)))
+            clips = [(s, whole) for s in steps]
         else:
             around = [
                 frames_around(cine.shape[1], f, like.num_frames, stride, 0, tubelet) for f in wanted
             ]
-            steps, places = [a for a, _ in around], [np.array([p]) for _, p in around]
-        out = np.zeros((cine.shape[1], size, size), np.uint8)
-        for first in range(0, len(steps), self.batch_size):
-            chunk = steps[first : first + self.batch_size]
-            clips = torch.from_numpy(np.stack([np.asarray(cine[:, s]) for s in chunk]))
-            logits = network.every_frame(like.prepare({"image": clips}, like.device))
-            for s, p, maps in zip(chunk, places[first:], logits, strict=False):
-                found = F.interpolate(maps[p], (size, size), mode="bilinear", align_corners=False)
-                out[s[p]] = found.argmax(1).byte().cpu().numpy()
-        return out[list(wanted)]
+            clips = [(s, np.array([p])) for s, p in around]
+
+        def prepare(batch: dict) -> Tensor:
+            return like.prepare(batch, like.device)
+
+        found = label_frames(network, cine, clips, size, prepare, self.batch_size)
+        return found[list(wanted)]

@@ -21,13 +21,9 @@ from discovr_monai.evaluation.contours import (
 )
 from discovr_monai.evaluation.encoders import EvaluatedEncoder
 from discovr_monai.evaluation.results import Results
-from discovr_monai.evaluation.segmentation import (
-    Segmentation,
-    SegmentationHead,
-    cover,
-    frames_around,
-)
+from discovr_monai.evaluation.segmentation import Segmentation
 from discovr_monai.evaluation.segmentation_report import frame_figures
+from discovr_monai.evaluation.segmenter import SegmentationHead, cover, frames_around
 from discovr_monai.types import CineError
 from tests.evaluation.conftest import write_checkpoint
 

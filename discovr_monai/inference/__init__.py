@@ -1,0 +1,1 @@
+"""From a checkpoint and studies to embeddings, EF and contours."""
