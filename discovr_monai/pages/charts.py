@@ -1,0 +1,206 @@
+"""Where things stand in a page's charts: percent of the width and height, so that they stretch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+CLOSE = 12  # percent of the width: labels nearer than this are drawn away from each other
+
+
+@dataclass(frozen=True)
+class Tick:
+    """``at`` percent, ``text`` beside it."""
+
+    at: float
+    text: str
+
+
+def ticks_of(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` round numbers from ``low`` or just below to ``high`` or just above."""
+    from matplotlib.ticker import MaxNLocator
+
+    return [float(v) for v in MaxNLocator(count, steps=[1, 2, 5, 10]).tick_values(low, high)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Area over time.
+
+    Attributes:
+        points: of a polyline in a box of 1000 x 1000, y downwards.
+        x_ticks, y_ticks: in percent from the left and from the top.
+        top: area at the upper edge.
+        marks: (name, percent from the left, from the top, text-anchor) of ED and ES.
+    """
+
+    points: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    top: float
+    marks: list[tuple[str, float, float, str]]
+
+
+def draw_curve(area: np.ndarray, fps: float | None, phases: Mapping[str, int]) -> Curve:
+    """(T,) areas over seconds, or over frames where the rate is unknown.
+
+    Args:
+        phases: "ED" and "ES" -> frame.
+    """
+    last = max(len(area) - 1, 1)
+    heights = ticks_of(0, float(area.max()) or 1.0, 4)
+    top = heights[-1]
+    x, y = 100 * np.arange(len(area)) / last, 100 - 100 * area / top
+    end = last / fps if fps else last + 1
+    begin = 0 if fps else 1
+    times = [t for t in ticks_of(begin, end, 5) if begin <= t <= end]
+    return Curve(
+        points=" ".join(f"{10 * a:.0f},{10 * b:.0f}" for a, b in zip(x, y, strict=True)),
+        x_ticks=[Tick(_short(100 * (t - begin) / (end - begin)), f"{t:g}") for t in times],
+        y_ticks=[Tick(_short(100 - 100 * v / top), f"{v:g}") for v in heights],
+        top=top,
+        marks=_marks({name: (_short(x[f]), _short(y[f])) for name, f in phases.items()}),
+    )
+
+
+def _marks(places: Mapping[str, tuple[float, float]]) -> list[tuple[str, float, float, str]]:
+    """Names stay inside the chart and off each other."""
+    ordered = sorted(places.items(), key=lambda item: item[1])
+    anchors = {}
+    for name, (x, _) in ordered:
+        anchors[name] = "start" if x < CLOSE / 2 else "end" if x > 100 - CLOSE / 2 else "middle"
+    if len(ordered) == 2 and ordered[1][1][0] - ordered[0][1][0] < CLOSE:
+        anchors[ordered[0][0]], anchors[ordered[1][0]] = "end", "start"
+    return [(name, x, y, anchors[name]) for name, (x, y) in ordered]
+
+
+def _short(value: float) -> float:
+    return round(float(value), 2)
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One figure: ``value`` and ``interval`` as text, ``at`` (value, low, high) in percent."""
+
+    method: str
+    value: str
+    interval: str
+    at: tuple[float | None, float | None, float | None]
+    count: str
+
+
+@dataclass(frozen=True)
+class MetricGroup:
+    """One metric of a section: its name, the ends of its axis, zero's place, its rows."""
+
+    name: str
+    ends: tuple[str, str]
+    zero: float | None
+    rows: list[MetricRow]
+
+
+@dataclass(frozen=True)
+class MetricTable:
+    """A section: its name, how many samples of how many patients (if all rows agree), groups."""
+
+    section: str
+    count: str
+    groups: list[MetricGroup]
+
+
+def metric_tables(metrics: Sequence[Mapping[str, Any]]) -> list[MetricTable]:
+    """Figures by section and metric, in their order.
+
+    Args:
+        metrics: as in results.json: section, method, label_fraction, metric, value, low, high
+            (None where undefined), and samples and patients if known.
+    """
+    sections: dict[str, list[Mapping[str, Any]]] = {}
+    for figure in metrics:
+        sections.setdefault(str(figure["section"]), []).append(figure)
+    return [_table(name, figures) for name, figures in sections.items()]
+
+
+def _table(section: str, figures: Sequence[Mapping[str, Any]]) -> MetricTable:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for figure in figures:
+        groups.setdefault(str(figure["metric"]), []).append(figure)
+    counts = {_count(f) for f in figures}
+    one = counts.pop() if len(counts) == 1 else ""
+    return MetricTable(section, one, [_group(n, f, bool(one)) for n, f in groups.items()])
+
+
+def _group(name: str, figures: Sequence[Mapping[str, Any]], counted: bool) -> MetricGroup:
+    found = [number(f[k]) for f in figures for k in ("value", "low", "high")]
+    drawn = [v for v in found if v is not None]
+    low, high = (min(drawn), max(drawn)) if drawn else (0.0, 1.0)
+    ends = [0.0, 1.0] if low >= 0 and high <= 1 else ticks_of(min(low, 0), max(high, 0), 4)
+    begin, end = ends[0], ends[-1]
+    digits = 3 if end - begin <= 2 else 2 if end - begin <= 10 else 1
+    shares = any(_share(f) != 1 for f in figures)
+
+    def row(figure: Mapping[str, Any]) -> MetricRow:
+        value, low, high = (number(figure[k]) for k in ("value", "low", "high"))
+        return MetricRow(
+            method=str(figure["method"]) + (f", {_labels(figure)}" if shares else ""),
+            value="not defined" if value is None else text(value),
+            interval="" if low is None or high is None else f"{text(low)} to {text(high)}",
+            at=(place(value), place(low), place(high)),
+            count="" if counted else _count(figure),
+        )
+
+    def text(value: float) -> str:
+        return f"{value:.{digits}f}".replace("-", "−")
+
+    def place(value: float | None) -> float | None:
+        return None if value is None else _short(100 * (value - begin) / (end - begin))
+
+    return MetricGroup(
+        metric_name(name),
+        (f"{begin:g}".replace("-", "−"), f"{end:g}"),
+        place(0.0) if begin < 0 else None,
+        [row(f) for f in figures],
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _share(figure: Mapping[str, Any]) -> float:
+    return float(figure.get("label_fraction", 1))
+
+
+def _labels(figure: Mapping[str, Any]) -> str:
+    share = _share(figure)
+    return "all labels" if share == 1 else f"{100 * share:g} % of the labels"
+
+
+def _count(figure: Mapping[str, Any]) -> str:
+    samples, patients = figure.get("samples"), figure.get("patients")
+    if samples is None:
+        return ""
+    cines = f"{samples} cine{'' if samples == 1 else 's'}"
+    if patients is None:
+        return cines
+    return f"{cines} of {patients} patient{'' if patients == 1 else 's'}"
+
+
+_SPELT = {
+    "auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "mae": "MAE", "rmse": "RMSE", "r2": "R²",
+    "hd95": "HD95", "assd": "ASSD", "lv": "LV", "la": "LA", "rv": "RV", "ef": "EF", "ed": "ED",
+    "es": "ES", "mm": "(mm)", "pixels": "(pixels)", "ml": "(mL)", "pearson": "Pearson r",
+}  # fmt: skip
+
+
+def metric_name(key: str) -> str:
+    """A metric's key as it is read: "hd95_lv_mm" -> "HD95 LV (mm)"."""
+    words = re.sub(r"^coverage_([\d.]+)$", r"coverage of the \1 % interval", key).replace("_", " ")
+    text = " ".join(_SPELT.get(w, w) for w in words.split(" "))
+    return text[:1].upper() + text[1:]
