@@ -135,7 +135,9 @@ def pretrain(name: str, seed: int, plan: dict[str, Any], work: Path, out: Path) 
     return cost
 
 
-def evaluate(ckpt: Path, branch: str, plan: dict[str, Any], work: Path, out: Path) -> dict:
+def evaluate(
+    ckpt: Path, method: dict[str, Any], plan: dict[str, Any], work: Path, out: Path
+) -> dict:
     """The five tasks of a checkpoint: figures, each test cine's prediction, and its patient.
 
     A task that was evaluated with the same settings before is not evaluated again.
@@ -144,7 +146,9 @@ def evaluate(ckpt: Path, branch: str, plan: dict[str, Any], work: Path, out: Pat
     from monai.utils import set_determinism
 
     found = {}
+    branch, other = method.get("branch", "video_teacher"), method.get("evaluation", {})
     for task, settings in plan["evaluation"]["tasks"].items():
+        settings = {**settings, **{k: v for k, v in other.items() if k in settings}}
         key = digest({**plan["evaluation"]["common"], **settings, "training": plan["training"]})
         kept = out / f"{task}-{key}.json"
         if kept.exists():
@@ -235,7 +239,7 @@ def run_group(size: str, plan: dict[str, Any], work: Path, source: str, seed: in
         print(f"== {name}, seed {seed}: evaluation", flush=True)
         start = time.perf_counter()
         branch = method.get("branch", "video_teacher")
-        evaluated = evaluate(folder / "last.pt", branch, plan, work, folder / f"eval-{branch}")
+        evaluated = evaluate(folder / "last.pt", method, plan, work, folder / f"eval-{branch}")
         content = {
             "method": name,
             "seed": seed,

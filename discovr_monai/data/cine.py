@@ -122,11 +122,19 @@ def check_size(path: Path, name: str, shape: Sequence[int]) -> None:
         )
 
 
+def is_dicom(path: Path, head: bytes | None = None) -> bool:
+    """Whether a file is DICOM by its first bytes or its suffix."""
+    if head is None:
+        with path.open("rb") as file:
+            head = file.read(132)
+    return head[128:132] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom")
+
+
 def _reader(path: Path, head: bytes, name: str) -> Any:
     suffix = path.suffix.lower()
     if head[:6] == b"\x93NUMPY":
         return _read_npy
-    if head[128:132] == b"DICM" or suffix in (".dcm", ".dicom"):
+    if is_dicom(path, head):
         from discovr_monai.data.cine_dicom import read_dicom
 
         return read_dicom

@@ -95,7 +95,7 @@ def load_datalist(
     _check_folder(root)
     own = root / "datalist.json"
     if datalist is not None or own.is_file():
-        found = Datalist(_read_json(Path(datalist) if datalist is not None else own, root))
+        found = Datalist(load_rows(Path(datalist) if datalist is not None else own, root))
     else:
         result: Datalist | None = None
         if not rank():
@@ -136,7 +136,17 @@ def _check_folder(root: Path) -> None:
         raise PermissionError(f"dataset_dir {root.name!r} may not be read. Change its permissions")
 
 
-def _read_json(path: Path, root: Path) -> dict[str, list[DatalistRow]]:
+def load_rows(
+    path: Path, root: Path, *, must_exist: bool = True
+) -> dict[str, list[DatalistRow]]:
+    """The sections of a Decathlon-style JSON over ``root``.
+
+    Args:
+        must_exist: whether a file that is not there is an error at once.
+
+    Raises:
+        FileNotFoundError, ValueError: with what to do.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"datalist {path.name!r} does not exist. Check --datalist")
     try:
@@ -156,7 +166,7 @@ def _read_json(path: Path, root: Path) -> dict[str, list[DatalistRow]]:
                 f"datalist {path.name!r} points outside the data folder ({Path(name).name!r}): "
                 "use paths relative to dataset_dir"
             )
-    missing = [name for name in dict.fromkeys(names) if not (root / name).exists()]
+    missing = [n for n in dict.fromkeys(names) if must_exist and not (root / n).exists()]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(names)} files of datalist {path.name!r} do not exist, the "
@@ -304,15 +314,21 @@ def look(frames: np.ndarray, window: Sequence[int]) -> dict[str, Any]:
 
 def patient_of(path: Path) -> str | None:
     """A DICOM file's PatientID, None for others; to be salted before it goes anywhere."""
+    return owners_of(path)[0]
+
+
+def owners_of(path: Path) -> tuple[str | None, str | None]:
+    """A DICOM file's PatientID and StudyInstanceUID; to be salted before they go anywhere."""
     if path.suffix.lower() not in ("", ".dcm", ".dicom"):
-        return None
+        return None, None
     from discovr_monai.data.cine_dicom import open_dicom
 
     try:
-        value = open_dicom(path, path.name, pixels=False).get("PatientID")
+        dataset = open_dicom(path, path.name, pixels=False)
     except CineError:
-        return None
-    return f"patient {value}" if value else None
+        return None, None
+    patient, study = dataset.get("PatientID"), dataset.get("StudyInstanceUID")
+    return f"patient {patient}" if patient else None, f"study {study}" if study else None
 
 
 def check_all(

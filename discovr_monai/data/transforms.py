@@ -218,7 +218,7 @@ class SampleClipd(RandomizableTransform, MapTransform):
 
     def indices(self, length: int, fps: float | None, name: str = "cine") -> np.ndarray:
         """(num_clips, num_frames) frames for a cine of ``length``; -1 is black."""
-        stride = self._stride(fps, name)
+        stride = self.stride_of(fps, name)
         if self.random and self.speed > 1:
             stride *= float(np.exp(self.R.uniform(-1, 1) * np.log(self.speed)))
         room = length - 1 - (self.num_frames - 1) * stride  # largest start that fits
@@ -240,7 +240,8 @@ class SampleClipd(RandomizableTransform, MapTransform):
         clips = [clip_indices(length, self.num_frames, stride, s, self.pad_mode) for s in starts]
         return np.stack(clips)
 
-    def _stride(self, fps: float | None, name: str) -> float:
+    def stride_of(self, fps: float | None, name: str) -> float:
+        """Frames between samples, for a cine of this frame rate."""
         if self.stride is not None:
             return float(self.stride)
         fps = fps or self.default_fps

@@ -47,6 +47,10 @@ class Section:
         """(M, D): "cls", "mean", "both" of these side by side, or "motion"."""
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} must be one of {', '.join(POOLINGS)}")
+        if pooling == "motion" and not np.ptp(self.motion) > 1e-9:
+            raise ValueError(
+                "pooling 'motion' finds no change over time (clips of one token in time?): use mean"
+            )
         if pooling == "both":
             return np.concatenate((self.cls, self.mean), axis=1)
         return {"cls": self.cls, "mean": self.mean, "motion": self.motion}[pooling]

@@ -65,8 +65,8 @@ def draw_map(
     from sklearn.preprocessing import StandardScaler
 
     rows = np.random.default_rng(0).permutation(len(features))[:LARGEST_MAP]
-    if len(rows) < 5:
-        return
+    if len(rows) < 5 or not np.ptp(features[rows], axis=0).max() > 1e-9:
+        return  # nothing to lay out; t-SNE crashes on equal points
     x = StandardScaler().fit_transform(features[rows])
     x = PCA(min(50, *x.shape), random_state=0).fit_transform(x)
     place = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=0)
@@ -139,37 +139,57 @@ OUTLINES = np.array([[0, 0, 0], [255, 210, 0], [0, 220, 120], [90, 160, 255], [2
 
 
 def save_overlay(
-    path: Path, frames: np.ndarray, predicted: np.ndarray, truth: np.ndarray, fps: float
+    path: Path,
+    frames: np.ndarray,
+    predicted: np.ndarray,
+    truth: np.ndarray | None,
+    fps: float,
+    caption: str = "",
 ) -> None:
-    """An animation: the cine with predicted outlines, beside it with the true areas.
+    """An animation (GIF): the cine with predicted outlines, beside it with the true areas.
 
     Args:
-        frames: (T, s, s) uint8; predicted, truth: (T, S, S) uint8 labels, S larger or smaller.
+        frames: (T, s, s) uint8; predicted, truth: (T, S, S) uint8 labels, S larger or smaller;
+            without a truth the outlines stand alone.
         fps: of the animation.
+        caption: written below.
     """
+    from PIL import Image, ImageDraw
+
+    side, below = 224, 14 if caption else 0
+    pictures = []
+    for i, frame in enumerate(frames):
+        parts = [_outlined(frame, predicted[i], side, filled=False)]
+        if truth is not None:
+            parts.append(_outlined(frame, truth[i], side, filled=True))
+        drawn = np.pad(np.concatenate(parts, 1), ((0, below), (0, 0), (0, 0)))
+        picture = Image.fromarray(drawn)
+        if caption:
+            ImageDraw.Draw(picture).text((4, side + 1), caption, fill=(230, 230, 230))
+        pictures.append(picture)
+    pictures[0].save(
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=round(1000 / fps),
+        loop=0,
+    )
+
+
+def _outlined(frame: np.ndarray, labels: np.ndarray, side: int, *, filled: bool) -> np.ndarray:
+    """(side, side, 3) uint8: a frame with the outlines, or the areas, of its labels."""
     from PIL import Image
 
-    side = 224
-    pictures = []
-    for frame, found, true in zip(frames, predicted, truth, strict=True):
-        grey = np.asarray(Image.fromarray(frame).resize((side, side), Image.Resampling.BILINEAR))
-        pair = []
-        for labels, filled in ((found, False), (true, True)):
-            large = np.asarray(
-                Image.fromarray(labels).resize((side, side), Image.Resampling.NEAREST)
-            )
-            rgb = grey[..., None].repeat(3, -1).astype(np.float32)
-            inner = large > 0
-            if not filled:
-                edge = np.zeros(inner.shape, bool)
-                edge[:-1] |= large[:-1] != large[1:]
-                edge[:, :-1] |= large[:, :-1] != large[:, 1:]
-                inner = edge
-            opacity = 0.35 if filled else 1.0
-            colour = OUTLINES[np.minimum(large, len(OUTLINES) - 1)]
-            rgb[inner] = (1 - opacity) * rgb[inner] + opacity * colour[inner]
-            pair.append(rgb.round().astype(np.uint8))
-        pictures.append(Image.fromarray(np.concatenate(pair, 1)))
-    pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
-    )
+    grey = np.asarray(Image.fromarray(frame).resize((side, side), Image.Resampling.BILINEAR))
+    large = np.asarray(Image.fromarray(labels).resize((side, side), Image.Resampling.NEAREST))
+    rgb = grey[..., None].repeat(3, -1).astype(np.float32)
+    where = large > 0
+    if not filled:
+        where = np.zeros(large.shape, bool)
+        where[:-1] |= large[:-1] != large[1:]
+        where[:, :-1] |= large[:, :-1] != large[:, 1:]
+    opacity = 0.35 if filled else 1.0
+    colour = OUTLINES[np.minimum(large, len(OUTLINES) - 1)]
+    rgb[where] = (1 - opacity) * rgb[where] + opacity * colour[where]
+    return rgb.round().astype(np.uint8)

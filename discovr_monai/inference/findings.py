@@ -1,0 +1,179 @@
+"""What is said of a cine: its embedding always, EF and contours where a head may speak."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import Inferer, SimpleInferer
+from torch import Tensor
+
+from discovr_monai.evaluation.contours import ejection_fraction, simpson_volume
+from discovr_monai.evaluation.segmenter import clip_stride, cover, label_frames
+from discovr_monai.inference.model import EchoModel
+from discovr_monai.inference.reading import Seen
+from discovr_monai.training.optim import PrepareClip
+
+NOTICE = "for research use only, not a medical device"
+
+
+@dataclass
+class Finding:
+    """What inference says of one cine.
+
+    Attributes:
+        seen: the cine.
+        values: the columns of its row, but for the embedding.
+        embedding: (D,) float32.
+        labels: (T, s, s) uint8 in the cine's square window, or None where withheld.
+    """
+
+    seen: Seen
+    values: dict[str, Any]
+    embedding: np.ndarray
+    labels: np.ndarray | None = None
+
+
+class Analyst:
+    """Runs the model over cines.
+
+    Args:
+        model: with its weights, on the device.
+        device: where it is.
+        batch_size: windows at once.
+        view: of the cines whose datalist row does not say; None: unknown.
+        contours: whether to label every frame, if the model has a head for it.
+        bf16: whether the encoders compute in bf16.
+        inferer: MONAI's, around the model; None for none.
+    """
+
+    def __init__(
+        self,
+        model: EchoModel,
+        device: torch.device,
+        *,
+        batch_size: int = 16,
+        view: str | None = None,
+        contours: bool = True,
+        bf16: bool = False,
+        inferer: Inferer | None = None,
+    ) -> None:
+        self.model, self.device, self.batch_size, self.view = model, device, batch_size, view
+        self.prepare = PrepareClip(model.about["clip"]["mean"], model.about["clip"]["std"])
+        self.bf16, self.inferer = bf16, inferer or SimpleInferer()
+        self.segmenter = model.segmenter() if contours and "segmentation" in model.heads else None
+
+    def __call__(self, cines: Sequence[Seen]) -> list[Finding]:
+        """Findings of some cines, whose windows go through the encoder together."""
+        looks = self._averages(cines)
+        return [
+            self._finding(seen, {k: v[i] for k, v in looks.items()}) for i, seen in enumerate(cines)
+        ]
+
+    @torch.no_grad()
+    def _averages(self, cines: Sequence[Seen]) -> dict[str, Tensor]:
+        """Mean over each cine's windows of what :meth:`EchoModel.look` gives."""
+        clips = np.concatenate([c.clips for c in cines])
+        owner = np.repeat(np.arange(len(cines)), [len(c.clips) for c in cines])
+        found: dict[str, list[Tensor]] = {}
+        for first in range(0, len(clips), self.batch_size):
+            chunk = torch.from_numpy(clips[first : first + self.batch_size])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                looks = self.inferer(self._ready({"image": chunk}), self.model.look)
+            for key, value in looks.items():
+                found.setdefault(key, []).append(value.float().cpu())
+        index = torch.from_numpy(owner)
+        count = torch.bincount(index, minlength=len(cines))[:, None]
+        out = {}
+        for key, parts in found.items():
+            values = torch.cat(parts)
+            total = torch.zeros(len(cines), values.shape[1]).index_add_(0, index, values)
+            out[key] = total / count
+        return out
+
+    def _ready(self, batch: dict[str, Any]) -> Tensor:
+        return self.prepare(batch, self.device)
+
+    def _finding(self, seen: Seen, looks: dict[str, Tensor]) -> Finding:
+        row = seen.row
+        view = row.get("view") or self.view
+        values: dict[str, Any] = {
+            "id": row["id"],
+            "patient": seen.patient,
+            "study": seen.study,
+            "view": view,
+            "frames": int(seen.cine.shape[1]),
+            "fps": seen.fps,
+            "windows": len(seen.clips),
+        }
+        labels = None
+        if "ef" in self.model.heads:
+            values |= self._ef(view, looks)
+        if self.segmenter is not None:
+            reason, far = self._silence("segmentation", view, looks)
+            values |= {"contours_withheld": reason, "contours_unfamiliarity": far}
+            values |= dict.fromkeys(("edv_ml", "esv_ml", "contour_ef", "ed_frame", "es_frame"))
+            if reason is None:
+                labels = self._labels(seen)
+                values |= _volumes(labels, seen)
+                labels = None if values["contours_withheld"] else labels
+        return Finding(seen, values, looks["embedding"].numpy(), labels)
+
+    def _silence(
+        self, kind: str, view: str | None, looks: dict[str, Tensor]
+    ) -> tuple[str | None, float]:
+        """Why a head may not speak, None if it may; and how unfamiliar the cine is."""
+        mean = looks[f"{kind}_mean"][None].to(self.device)
+        far = round(float(self.model.unfamiliarity(kind, mean)), 4)
+        views = self.model.heads[kind]["views"]
+        known = " or ".join(views)
+        if view is None:
+            return f"the view is unknown: the head is for {known} (name it by --view)", far
+        if view not in views:
+            return f"the view is {view}, the head is for {known}", far
+        if not far <= 1:
+            return f"unlike the cines that the head was trained on ({far:.2f}, up to 1 is)", far
+        return None, far
+
+    def _ef(self, view: str | None, looks: dict[str, Tensor]) -> dict[str, Any]:
+        reason, far = self._silence("ef", view, looks)
+        names = ("ef", "ef_low", "ef_high")
+        out: dict[str, Any] = dict.fromkeys(names)
+        if reason is None:
+            head = self.model.ef
+            ef = float(head(looks["ef_features"][None].to(self.device)))
+            radius = float(head.radius)
+            found = (ef, ef - radius, ef + radius)
+            out = {k: round(min(max(v, 0.0), 100.0), 2) for k, v in zip(names, found, strict=True)}
+        return {**out, "ef_withheld": reason, "ef_unfamiliarity": far}
+
+    def _labels(self, seen: Seen) -> np.ndarray:
+        assert self.segmenter is not None
+        clip, frames = self.model.about["clip"], self.model.clip_shape[1]
+        stride = max(1, round(clip_stride(clip, frames, seen.fps, seen.row["image"])))
+        whole = np.arange(frames)
+        clips = [(steps, whole) for steps in cover(seen.cine.shape[1], frames, stride)]
+        side = max(seen.window[4:6])
+        return label_frames(
+            self.segmenter, seen.cine, clips, side, self._ready, max(1, self.batch_size // 4)
+        )
+
+
+def _volumes(labels: np.ndarray, seen: Seen) -> dict[str, Any]:
+    """Single-plane Simpson volumes of the first structure over time, ED, ES and EF."""
+    spacing = seen.spacing or (1.0, 1.0)
+    volumes = np.array([simpson_volume(frame == 1, spacing) for frame in labels])
+    if not volumes.max(initial=0) > 0:
+        return {"contours_withheld": "no cavity was found"}
+    known = seen.spacing is not None
+    high, low = np.percentile(volumes, 95), np.percentile(volumes, 5)
+    return {
+        "edv_ml": round(float(high), 1) if known else None,
+        "esv_ml": round(float(low), 1) if known else None,
+        "contour_ef": round(ejection_fraction(volumes), 2),
+        "ed_frame": int(volumes.argmax()),
+        "es_frame": int(volumes.argmin()),
+    }

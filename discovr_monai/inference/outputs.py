@@ -1,0 +1,187 @@
+"""What is written of a study beside the table: label maps, overlays, a page."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from discovr_monai.data.cine import is_dicom
+from discovr_monai.data.label_writer import (
+    full_frame_labels,
+    write_dicom_labels,
+    write_nifti_labels,
+)
+from discovr_monai.data.masks import read_masks, window_masks
+from discovr_monai.evaluation.plots import save_overlay
+from discovr_monai.inference.findings import NOTICE, Finding
+from discovr_monai.inference.model import EchoModel
+from discovr_monai.inference.plan import Plan
+from discovr_monai.inference.reading import CineReader, Seen
+from discovr_monai.inference.search import nearest_cases
+from discovr_monai.inference.table import read_embeddings, read_table
+from discovr_monai.pages.page import CineView, Nearest, write_study_page
+from discovr_monai.types import DatalistRow
+from discovr_monai.weights import save_atomic
+
+SHOWN = 384  # pixels per side of a page's frames, at most
+NEAREST = 6
+
+
+class StudyWriter:
+    """Writes below OUT/studies; what is as identifying as its source, into OUT-private.
+
+    Args:
+        plan: of the output folder.
+        reader: of the cines.
+        model: whose findings.
+        label_maps: write NIfTI, and DICOM for DICOM sources.
+        overlays: write an animation of each labelled cine.
+        pages: studies that get a page, at most.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        reader: CineReader,
+        model: EchoModel,
+        *,
+        label_maps: bool,
+        overlays: bool,
+        pages: int,
+    ) -> None:
+        self.plan, self.reader, self.model = plan, reader, model
+        self.label_maps, self.overlays, self.pages = label_maps, overlays, pages
+
+    def keep(self, finding: Finding) -> None:
+        """Writes a cine's label maps and overlay."""
+        seen, labels = finding.seen, finding.labels
+        if labels is None:
+            return
+        folder, name = self.plan.out / "studies" / seen.study, str(seen.row["id"])
+        folder.mkdir(parents=True, exist_ok=True)
+        source = self.reader.loader.root / seen.row["image"]
+        if self.label_maps:
+            full = full_frame_labels(labels, seen.window)
+            like = source if source.name.lower().endswith((".nii", ".nii.gz")) else None
+            write_nifti_labels(
+                folder / f"{name}.nii.gz", full, seen.spacing, seen.fps, like, name=name
+            )
+            if is_dicom(source):
+                private = self.plan.private / "studies" / seen.study
+                private.mkdir(parents=True, exist_ok=True)
+                finding.values["dicom"] = write_dicom_labels(
+                    private / f"{name}.dcm", full, self.model.structures, source, self.model.sha256
+                )
+        if self.overlays:
+            frames = np.asarray(seen.cine[0])
+
+            def write(temporary: Path) -> None:
+                save_overlay(temporary, frames, labels, None, seen.fps or 15.0, NOTICE)
+
+            save_atomic(write, folder / f"{name}.gif")
+
+    def finish(self) -> int:
+        """Pages and JSON of the first studies, once all cines are known; how many."""
+        file = self.plan.out / "embeddings.parquet"
+        table = read_table(file, leave_out=("embedding",))
+        studies: dict[str, list[dict[str, Any]]] = {}
+        for row in table:
+            studies.setdefault(row["study"], []).append(row)
+        chosen = list(studies.items())[: self.pages]
+        if not chosen:
+            return 0
+        cases = nearest_cases(table, read_embeddings(file), NEAREST)
+        rows = {r["id"]: r for part in self.plan.parts for r in part.rows}
+        for study, cines in tqdm(chosen, desc="pages", unit="study"):
+            folder = self.plan.out / "studies" / study
+            folder.mkdir(parents=True, exist_ok=True)
+            self._json(folder / "results.json", study, cines)
+            views = [
+                self._view(found, rows[found["id"]], table, cases[found["id"]]) for found in cines
+            ]
+            write_study_page(
+                folder / "page.html",
+                f"Study {study}",
+                [v for v in views if v is not None],
+                facts={"Model": self.model.sha256, "Cines": str(len(cines))},
+            )
+        return len(chosen)
+
+    def _json(self, path: Path, study: str, cines: list[dict[str, Any]]) -> None:
+        kept = [{k: v for k, v in c.items() if k != "thumbnail"} for c in cines]
+        content = {"notice": NOTICE, "model": self.model.sha256, "study": study, "cines": kept}
+        text = json.dumps(content, indent=1) + "\n"
+        save_atomic(lambda temporary: _write_text(temporary, text), path)
+
+    def _view(
+        self,
+        found: dict[str, Any],
+        row: DatalistRow,
+        table: list[dict[str, Any]],
+        cases: list[tuple[int, float]],
+    ) -> CineView | None:
+        """The cine read again, as large as a page shows it; None if it has gone since."""
+        read = self.reader.at(SHOWN)(row)
+        if "seen" not in read:
+            return None
+        seen: Seen = read["seen"]
+        scale = max(seen.window[4:6]) / SHOWN
+        ef = (found["ef"], found["ef_low"], found["ef_high"]) if found.get("ef") else None
+        return CineView(
+            title=f"Cine {found['id']}",
+            frames=np.asarray(seen.cine[0]),
+            fps=seen.fps,
+            labels=self._labels(found, seen),
+            structures=[s.replace("_", " ") for s in self.model.structures],
+            spacing=(scale * seen.spacing[0], scale * seen.spacing[1]) if seen.spacing else None,
+            ed=found.get("ed_frame"),
+            es=found.get("es_frame"),
+            ef=ef,
+            ef_coverage=self.model.heads.get("ef", {}).get("coverage", 0.9),
+            ef_withheld=found.get("ef_withheld"),
+            contours_withheld=found.get("contours_withheld"),
+            facts=_facts(found),
+            nearest=[_case(table[i], similar) for i, similar in cases],
+        )
+
+    def _labels(self, found: dict[str, Any], seen: Seen) -> np.ndarray | None:
+        """(T, SHOWN, SHOWN) labels, from the file that :meth:`keep` wrote."""
+        path = self.plan.out / "studies" / found["study"] / f"{found['id']}.nii.gz"
+        if not path.exists():
+            return None
+        full = read_masks(path.parent, path.name, (seen.cine.shape[1], *seen.window[:2]))
+        square = window_masks(full, seen.window)
+        places = ((np.arange(SHOWN) + 0.5) * square.shape[1] / SHOWN).astype(int)
+        return square[:, places][:, :, places]
+
+
+def _facts(found: dict[str, Any]) -> dict[str, str]:
+    """What a page says of a cine."""
+    facts = {"View": found["view"] or "unknown", "Frames": str(found["frames"])}
+    if found["fps"]:
+        facts["Length"] = f"{found['frames'] / found['fps']:.1f} s"
+    for name, key, unit in (
+        ("EDV", "edv_ml", "mL"),
+        ("ESV", "esv_ml", "mL"),
+        ("EF from contours", "contour_ef", "%"),
+    ):
+        if found.get(key) is not None:
+            facts[name] = f"{found[key]:.0f} {unit}"
+    return facts
+
+
+def _case(row: dict[str, Any], similarity: float) -> Nearest:
+    from PIL import Image
+
+    thumbnail = np.asarray(Image.open(io.BytesIO(row["thumbnail"])).convert("L"))
+    note = f"EF {row['ef']:.0f} %" if row.get("ef") is not None else ""
+    return Nearest(f"Cine {row['id']}", similarity, thumbnail, note)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)

@@ -1,0 +1,110 @@
+"""Nearest neighbours among embeddings: exact on small sets, a graph index over a million."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from discovr_monai.inference.table import read_embeddings, read_table
+from discovr_monai.weights import save_atomic
+
+EXACT = 100_000  # rows up to which every distance is computed
+
+
+class Neighbours:
+    """Cosine neighbours among M embeddings.
+
+    Args:
+        embeddings: (M, D) float32.
+        exact: compute every distance, else ask an HNSW graph (usearch, float16); None: by
+            size, exact up to 100,000.
+        file: where the graph is kept; a file that fits is loaded instead of built.
+    """
+
+    def __init__(
+        self, embeddings: np.ndarray, *, exact: bool | None = None, file: Path | None = None
+    ) -> None:
+        from usearch.index import Index
+
+        if embeddings.ndim != 2 or not embeddings.size:
+            raise ValueError(f"embeddings of shape {embeddings.shape} are none to search")
+        self.embeddings = np.ascontiguousarray(embeddings, np.float32)
+        self.exact = len(embeddings) <= EXACT if exact is None else exact
+        if self.exact:
+            return
+        self.index = Index(ndim=embeddings.shape[1], metric="cos", dtype="f16")
+        if file is not None and file.exists():
+            self.index.load(str(file))
+            if len(self.index) == len(embeddings):
+                return
+            self.index.reset()
+        self.index.add(np.arange(len(embeddings)), self.embeddings, log="index")
+        if file is not None:
+            save_atomic(self._save, file)
+
+    def _save(self, path: Path) -> None:
+        self.index.save(str(path))
+
+    def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(Q, D) -> (Q, k) rows and cosine similarities, the nearest first."""
+        k = min(k, len(self.embeddings))
+        queries = np.ascontiguousarray(queries, np.float32)
+        if self.exact:
+            from usearch.index import search
+
+            found = search(self.embeddings, queries, k, metric="cos", exact=True)
+        else:
+            found = self.index.search(queries, k)
+        keys = np.asarray(found.keys).reshape(len(queries), -1)
+        far = np.asarray(found.distances).reshape(len(queries), -1)
+        return keys.astype(np.int64), 1 - far
+
+
+def nearest_cases(
+    table: Sequence[dict[str, Any]], embeddings: np.ndarray, k: int
+) -> dict[str, list[tuple[int, float]]]:
+    """For each row's id the k nearest rows of other patients: (row, cosine similarity)."""
+    search = Neighbours(embeddings)
+    counts: dict[str, int] = {}
+    for row in table:
+        counts[row["patient"]] = counts.get(row["patient"], 0) + 1
+    spare = max(counts.values())  # one's own cines come first
+    keys, similar = search(embeddings, k + spare)
+    out = {}
+    for i, row in enumerate(table):
+        pairs = zip(keys[i].tolist(), similar[i].tolist(), strict=True)
+        others = [(j, s) for j, s in pairs if table[j]["patient"] != row["patient"]]
+        out[row["id"]] = others[:k]
+    return out
+
+
+def find_nearest(file: str | Path, query: str, k: int = 10) -> list[dict[str, Any]]:
+    """The cines of an embeddings file that are nearest to one of them.
+
+    Args:
+        file: embeddings.parquet.
+        query: the id of a cine in it.
+        k: how many.
+
+    Returns:
+        Rows without embedding, with "similarity", the nearest first.
+
+    Raises:
+        ValueError: if the id is not there.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} does not exist: run configs/inference.yaml first")
+    table = read_table(path, leave_out=("embedding", "thumbnail"))
+    rows = [i for i, row in enumerate(table) if row["id"] == query]
+    if not rows:
+        raise ValueError(f"{path.name} has no cine {query!r}: take an id from its first column")
+    embeddings = read_embeddings(path)
+    index = path.with_suffix(".usearch")
+    keys, similar = Neighbours(embeddings, file=index)(embeddings[rows], k + 1)
+    pairs = zip(keys[0].tolist(), similar[0].tolist(), strict=True)
+    found = [{**table[i], "similarity": round(s, 4)} for i, s in pairs if i != rows[0]]
+    return found[:k]
