@@ -71,6 +71,30 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="the video teacher of a training, for inference")
     export.add_argument("checkpoint", help="last.pt or best.pt of a training")
     export.add_argument("output", help="models/model.pt of the bundle, say")
+    convert = commands.add_parser(
+        "convert", help="released weights (DISCOVR, VideoMAE, SIGMA, DINO, MAE) to ours, and back"
+    )
+    convert.add_argument("source", metavar="IN", help=".pth, .pt, .bin, .safetensors or .npz")
+    convert.add_argument("output", metavar="OUT", help=".safetensors")
+    convert.add_argument("--layout", default="auto", help="discovr, videomae or vit (auto)")
+    convert.add_argument("--image-size", type=int, help="pixels, other than the file's")
+    convert.add_argument("--num-frames", type=int, help="frames of a clip, other than the file's")
+    convert.add_argument("--num-heads", type=int, help="of the encoders (usual for the width)")
+    convert.add_argument("--decoder-num-heads", type=int, help="(usual for the width)")
+    convert.add_argument("--stride", type=int, help="frames between samples (the layout's)")
+    convert.add_argument("--mean", type=float, nargs=3, help="of intensities 0..1 (ImageNet's)")
+    convert.add_argument("--std", type=float, nargs=3, help="(ImageNet's)")
+    convert.add_argument("--licence", help="of the weights (what download wrote beside IN)")
+    convert.add_argument(
+        "--to-released", action="store_true", help="a file of ours to the released layout"
+    )
+    fetch = commands.add_parser("download", help="a released file, with its licence and hash")
+    fetch.add_argument("name", help="discovr-800, videomae-base, ...; 'list' shows them all")
+    fetch.add_argument("--to", metavar="DIR", help="folder (a cache in your home)")
+    fetch.add_argument("--sha256", help="the hash that it must have")
+    fetch.add_argument(
+        "--accept-unverified", action="store_true", help="take it although nobody tells its hash"
+    )
     return parser
 
 
@@ -209,6 +233,44 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(arguments: argparse.Namespace) -> int:
+    from discovr_monai import convert
+    from discovr_monai.foreign.positions import Wanted
+
+    if arguments.to_released:
+        lines = convert.to_released(arguments.source, arguments.output)
+    else:
+        sizes = ("image_size", "num_frames", "num_heads", "decoder_num_heads")
+        options = ("layout", "stride", "mean", "std", "licence")
+        lines = convert.convert(
+            arguments.source,
+            arguments.output,
+            wanted=Wanted(**{name: getattr(arguments, name) for name in sizes}),
+            **{name: getattr(arguments, name) for name in options},
+        )
+    print("\n".join(lines))
+    return 0
+
+
+def _download(arguments: argparse.Namespace) -> int:
+    from discovr_monai import hub
+
+    if arguments.name == "list":
+        for name, entry in hub.REGISTRY.items():
+            print(f"{name:14} {entry.note}. Licence: {entry.licence}. From: {entry.url}")
+        return 0
+    file = hub.download(
+        arguments.name,
+        arguments.to,
+        sha256=arguments.sha256,
+        accept_unverified=arguments.accept_unverified,
+    )
+    print(f"Licence: {hub.licence_beside(file)}")
+    print(f"SHA-256: {hub.recorded_hash(file)}")
+    print(f"File: {file.name} in {arguments.to or 'the cache (DISCOVR_MONAI_CACHE)'}")
+    return 0
+
+
 _COMMANDS = {
     "phantom": _phantom,
     "datalist": _datalist,
@@ -217,6 +279,8 @@ _COMMANDS = {
     "shards": _shards,
     "scan": _scan,
     "export": _export,
+    "convert": _convert,
+    "download": _download,
 }
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import pickle
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from discovr_monai.networks.discovr import Discovr
 from discovr_monai.networks.heads import Decoder, ProjectionHead
-from discovr_monai.networks.vit import VisionTransformer
+from discovr_monai.networks.vit import Block, VisionTransformer
 
 FORMAT = 1
+HEADER = "discovr_monai"  # our one entry in a safetensors header: JSON of "format" and "about"
 
 
 class CheckpointError(ValueError):
@@ -46,18 +50,68 @@ def save_atomic(write: Callable[[Path], None], path: Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint of ours without running pickled code.
+    """Reads a training checkpoint or a converted file of ours without running pickled code.
+
+    Returns:
+        "format", "about", "network" (tensors under our names); of a training also what it
+        resumes from.
 
     Raises:
-        CheckpointError: missing, truncated, of another format, or holding pickled code.
+        CheckpointError: missing, empty, truncated, of another format, or holding pickled code.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
             f"checkpoint {path.name} does not exist: train first, or check --ckpt"
         )
+    if not path.stat().st_size:
+        raise CheckpointError(f"checkpoint {path.name} is empty: copy or convert it again")
+    if is_safetensors(path):
+        header, network = read_safetensors(path)
+        state: Any = _own_header(header)
+        if state is not None:
+            state["network"] = network
+    else:
+        state = _read_pickled(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path.name} is not a training checkpoint of discovr-monai nor converted for it: "
+            "run discovr-monai convert on it first"
+        )
+    return state
+
+
+def is_safetensors(path: Path) -> bool:
+    """By the name or by the content: a length of 8 bytes, then JSON."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header entries and tensors.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {}), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} is damaged (cut short?): copy, download or convert it again"
+        ) from error
+
+
+def _own_header(header: Mapping[str, str]) -> Any:
+    try:
+        return json.loads(header.get(HEADER, "null"))
+    except json.JSONDecodeError:
+        return None
+
+
+def _read_pickled(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint {path.name} is damaged or holds pickled code, which is never run: "
@@ -67,22 +121,42 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path.name} is damaged (cut short?): resume from best.pt or start anew"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path.name} is not a training checkpoint of discovr-monai")
-    return state
+
+
+def write_weights(
+    path: str | Path, network: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> None:
+    """Writes a converted file (safetensors), which every ``--ckpt`` and ``init`` takes.
+
+    Args:
+        path: atomically replaced; equal input gives equal bytes.
+        network: tensors under the names of :class:`Discovr`, any of its parts.
+        about: as of :func:`describe_encoders`, with "source".
+    """
+    seen: set[int] = set()
+    tensors = {}
+    for name, value in network.items():
+        place = value.untyped_storage().data_ptr()
+        value = value.detach().cpu().contiguous()
+        tensors[name] = value.clone() if place in seen else value  # safetensors shares nothing
+        seen.add(place)
+    header = {HEADER: json.dumps({"format": FORMAT, "about": about})}
+    save_atomic(lambda temporary: save_file(tensors, temporary, header), Path(path))
 
 
 def describe_encoders(network: Discovr, clip: Mapping[str, Any]) -> dict[str, Any]:
     """What builds a network's encoders again, and how their clips are made."""
-    image = network.image_student
+    image, decoder = network.image_student, network.decoder
+    blocks = [] if decoder is None else [b for b in decoder.blocks if isinstance(b, Block)]
     return {
         "video": dict(network.video_student.settings),
         "image": None if image is None else dict(image.settings),
+        "decoder_num_heads": blocks[0].attn.num_heads if blocks else None,
         "clip": dict(clip),
     }
 
 
-_PARTS = {
+PARTS = {  # released name -> ours
     "encoder": "video_student",
     "video_teacher": "video_teacher",
     "image_student": "image_student",
@@ -94,12 +168,27 @@ _PARTS = {
     "image_dino_head": "image_head",
     "image_teacher_head": "image_teacher_head",
 }
-_SINGLES = {
+SINGLES = {
     "mask_token": "decoder.mask_token",
     "prototypes": "prototypes",
     "video_center": "video_centre",
     "image_center": "image_centre",
 }
+
+
+def strip_prefixes(key: str) -> str:
+    """Without what wrappers put in front (DataParallel's ``module.``, ...)."""
+    return re.sub(r"^((module|backbone|_orig_mod)\.)+", "", key)
+
+
+def released_name(name: str) -> str | None:
+    """Our name of a released tensor (without prefixes), None where it has no place."""
+    if name in SINGLES:
+        return SINGLES[name]
+    part, _, rest = name.partition(".")
+    if part not in PARTS or not rest:
+        return None
+    return f"{PARTS[part]}.{rest.replace('patch_embed.proj.', 'patch_embed.')}"
 
 
 def rename_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,23 +200,16 @@ def rename_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: naming every key that has no place.
     """
-    renamed: dict[str, Tensor] = {}
-    unknown = []
-    for key, value in state.items():
-        name = re.sub(r"^((module|backbone)\.)+", "", key)
-        part, _, rest = name.partition(".")
-        if name in _SINGLES:
-            renamed[_SINGLES[name]] = value
-        elif part in _PARTS and rest:
-            rest = rest.replace("patch_embed.proj.", "patch_embed.")
-            if rest == "patch_embed.weight":
-                value = value.flatten(1)  # (d, 3, t, p, p) -> (d, 3 t p p)
-            renamed[f"{_PARTS[part]}.{rest}"] = value
-        else:
-            unknown.append(key)
+    names = {key: released_name(strip_prefixes(key)) for key in state}
+    unknown = [key for key, name in names.items() if name is None]
     if unknown:
         raise ValueError(f"{len(unknown)} keys of the checkpoint have no place: {unknown[:8]}")
-    return renamed
+    return {
+        # (d, 3, t, p, p) -> (d, 3 t p p)
+        name: state[key].flatten(1) if name.endswith("patch_embed.weight") else state[key]
+        for key, name in names.items()
+        if name is not None
+    }
 
 
 def build_from_released(
@@ -151,18 +233,8 @@ def build_from_released(
     }
     image = _encoder(names, "image_student", convolution["image_student"], num_heads, None)
     video = _encoder(names, "video_student", convolution["encoder"], num_heads, image.grid)
-    head = {part: _head(names, part) for part in ("video_head", "image_head")}
-    width = names["decoder.embed.weight"].shape[0]
-    decoder = Decoder(
-        in_dim=video.embed_dim,
-        out_dim=names["decoder.head.weight"].shape[0],
-        grid=video.grid,
-        embed_dim=width,
-        depth=_depth(names, "decoder"),
-        num_heads=decoder_num_heads or width // 64,
-        mlp_ratio=names["decoder.blocks.0.mlp.fc1.weight"].shape[0] / width,
-        qv_bias="decoder.blocks.0.attn.q_bias" in names,
-    )
+    head = {part: head_like(names, part) for part in ("video_head", "image_head")}
+    decoder = decoder_like(names, video.grid, decoder_num_heads)
     network = Discovr(
         video=video,
         video_head=head["video_head"],
@@ -182,7 +254,17 @@ def load_strict(network: torch.nn.Module, state: Mapping[str, Tensor], source: s
     Raises:
         ValueError: with the first missing, unknown and misshapen keys, and what to do.
     """
-    own = network.state_dict()
+    found = differences(network.state_dict(), state)
+    if found:
+        raise ValueError(
+            f"checkpoint {source or 'state'} does not fit the network: {found}. "
+            "Use the config that it was trained with"
+        )
+    network.load_state_dict(dict(state))
+
+
+def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """How names and shapes of a state differ from a network's own, "" where they do not."""
     missing = sorted(set(own) - set(state))
     unknown = sorted(set(state) - set(own))
     shapes = [
@@ -190,22 +272,18 @@ def load_strict(network: torch.nn.Module, state: Mapping[str, Tensor], source: s
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
-    if missing or unknown or shapes:
-        found = [
-            *(f"{len(shapes)} of another shape ({shapes[0]})" for _ in shapes[:1]),
-            *(f"{len(missing)} missing ({missing[0]})" for _ in missing[:1]),
-            *(f"{len(unknown)} unknown ({unknown[0]})" for _ in unknown[:1]),
-        ]
-        raise ValueError(
-            f"checkpoint {source or 'state'} does not fit the network: {', '.join(found)}. "
-            "Use the config that it was trained with"
-        )
-    network.load_state_dict(dict(state))
+    found = [
+        *(f"{len(shapes)} of another shape ({shapes[0]})" for _ in shapes[:1]),
+        *(f"{len(missing)} missing ({missing[0]})" for _ in missing[:1]),
+        *(f"{len(unknown)} unknown ({unknown[0]})" for _ in unknown[:1]),
+    ]
+    return ", ".join(found)
 
 
-def _depth(names: Mapping[str, Tensor], part: str) -> int:
-    found = {int(m[1]) for k in names if (m := re.match(rf"{part}\.blocks\.(\d+)\.", k))}
-    return len(found)
+def depth_of(names: Mapping[str, Tensor], part: str) -> int:
+    """Blocks of a part, by their highest number."""
+    found = [int(m[1]) for k in names if (m := re.match(rf"{part}blocks\.(\d+)\.", k))]
+    return 1 + max(found, default=-1)
 
 
 def _encoder(
@@ -225,7 +303,7 @@ def _encoder(
         patch_size=patch,
         tubelet_size=tubelet,
         embed_dim=dim,
-        depth=_depth(names, part),
+        depth=depth_of(names, f"{part}."),
         num_heads=num_heads or dim // 64,
         mlp_ratio=names[f"{part}.blocks.0.mlp.fc1.weight"].shape[0] / dim,
         qv_bias=f"{part}.blocks.0.attn.q_bias" in names,
@@ -233,14 +311,32 @@ def _encoder(
     )
 
 
-def _head(names: Mapping[str, Tensor], part: str) -> ProjectionHead:
+def head_like(names: Mapping[str, Tensor], part: str) -> ProjectionHead:
+    """The projection head whose tensors these are (on the default device)."""
     out_dim, bottleneck = names[f"{part}.last_layer.weight_v"].shape
     hidden, in_dim = names[f"{part}.mlp.0.weight"].shape
     return ProjectionHead(in_dim, out_dim, hidden, bottleneck)
 
 
+def decoder_like(
+    names: Mapping[str, Tensor], grid: tuple[int, int, int], num_heads: int | None
+) -> Decoder:
+    """The decoder whose tensors these are; heads default to widths of 64."""
+    width, in_dim = names["decoder.embed.weight"].shape
+    return Decoder(
+        in_dim=in_dim,
+        out_dim=names["decoder.head.weight"].shape[0],
+        grid=grid,
+        embed_dim=width,
+        depth=depth_of(names, "decoder."),
+        num_heads=num_heads or width // 64,
+        mlp_ratio=names["decoder.blocks.0.mlp.fc1.weight"].shape[0] / width,
+        qv_bias="decoder.blocks.0.attn.q_bias" in names,
+    )
+
+
 def export_teacher(checkpoint: str | Path, output: str | Path) -> None:
-    """Writes a training's video teacher as the state dict of :class:`networks.vit.Embedder`.
+    """Writes a file's video teacher as the state dict of :class:`networks.vit.Embedder`.
 
     Raises:
         ValueError: if the file is not a checkpoint of ours.

@@ -107,7 +107,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 class VisionTransformer(nn.Module):
-    """ViT over tubelets of a clip, with a CLS token and fixed sin-cos positions.
+    """ViT over tubelets of a clip, with a CLS token and fixed positions (sin-cos, unless loaded).
 
     Masked mode embeds and processes the visible tokens only (paper section 3.1).
 
@@ -119,6 +119,9 @@ class VisionTransformer(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio: the transformer's shape.
         qv_bias: bias on queries and values.
         norm_eps: LayerNorm's epsilon (released models: video 1e-6, image 1e-5).
+        cls_token: False for encoders that have none (VideoMAE, SIGMA): no CLS takes part in
+            attention, the positions have no slot for it, and the output's first row is the mean
+            of the final tokens instead.
 
     Raises:
         ValueError: if a size does not divide, with the value and the nearest that does.
@@ -137,6 +140,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         qv_bias: bool = True,
         norm_eps: float = 1e-6,
+        cls_token: bool = True,
     ) -> None:
         super().__init__()
         _check_divides("image_size", image_size, "patch_size", patch_size)
@@ -156,11 +160,14 @@ class VisionTransformer(nn.Module):
             "mlp_ratio": mlp_ratio,
             "qv_bias": qv_bias,
             "norm_eps": norm_eps,
+            "cls_token": cls_token,
         }
         tokens = self.grid[0] * side * side
         self.patch_embed = nn.Linear(3 * tubelet_size * patch_size**2, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        positions = torch.cat((torch.zeros(1, embed_dim), sincos_positions(tokens, embed_dim)))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if cls_token else None
+        positions = sincos_positions(tokens, embed_dim)
+        if cls_token:
+            positions = torch.cat((torch.zeros(1, embed_dim), positions))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", positions[None])  # (1, 1 + N, d), CLS slot zero
         self.blocks = nn.ModuleList(
@@ -169,7 +176,8 @@ class VisionTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.apply(init_weights)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     @property
     def num_tokens(self) -> int:
@@ -196,11 +204,12 @@ class VisionTransformer(nn.Module):
                 through in one batch. Every row must hide equally many tokens.
 
         Returns:
-            (B, 1 + N, d) without a mask, else (..., B, 1 + n_visible, d): CLS first, then the
-            visible tokens in raster order, after the final norm.
+            (B, 1 + N, d) without a mask, else (..., B, 1 + n_visible, d): CLS first (without
+            one, the mean of the rest), then the visible tokens in raster order, after the
+            final norm.
         """
         patches = self.patchify(clip)  # (B, N, P)
-        positions = self.pos_embed[:, 1:]  # (1, N, d)
+        positions = self.pos_embed[:, -self.num_tokens :]  # (1, N, d)
         views: tuple[int, ...] = patches.shape[:1]
         if mask is not None:
             if mask.shape[-2:] != patches.shape[:2]:
@@ -214,11 +223,15 @@ class VisionTransformer(nn.Module):
             patches = patches[row, keep].flatten(0, -3)  # (views * B, n, P)
             positions = positions[0, keep].flatten(0, -3)  # (views * B, n, d)
         x = self.patch_embed(patches) + positions
-        cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1)
-        x = torch.cat((cls, x), dim=1)  # (views * B, 1 + n, d)
+        if self.cls_token is not None:
+            cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1)
+            x = torch.cat((cls, x), dim=1)  # (views * B, 1 + n, d)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x).unflatten(0, views)
+        x = self.norm(x)
+        if self.cls_token is None:
+            x = torch.cat((x.mean(1, keepdim=True), x), dim=1)
+        return x.unflatten(0, views)
 
 
 def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:

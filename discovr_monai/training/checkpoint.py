@@ -14,6 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from discovr_monai.distributed import gather_objects, rank
+from discovr_monai.training.initial import start_from
 from discovr_monai.training.trainer import DiscovrTrainer, unwrap
 from discovr_monai.weights import (
     FORMAT,
@@ -59,6 +60,8 @@ class Checkpoints:
         monitor: (engine) -> a number; the lowest at an epoch's end makes best.pt. None: none.
         resume: "auto" continues last.pt if there is one, "never" starts anew, a path continues
             that file.
+        init: a converted or own file whose weights a training begins with; what there is to
+            resume wins.
         hint: the command that continues an interrupted training, for the message.
         clip: how clips are sampled and normalised; kept in the checkpoint beside the encoders'
             shapes, so that evaluation needs nothing but the file.
@@ -71,10 +74,12 @@ class Checkpoints:
         save_every: int = 0,
         monitor: Callable[[Engine], float] | None = None,
         resume: str = "auto",
+        init: str | Path | None = None,
         hint: str = "",
         clip: Mapping[str, Any] | None = None,
     ) -> None:
-        self.clip = dict(clip or {})
+        self.clip, self.init = dict(clip or {}), init
+        self.source: dict[str, Any] | None = None  # of the weights that training began with
         self.directory = Path(output_dir)
         self.save_every, self.monitor, self.resume, self.hint = save_every, monitor, resume, hint
         self.best = float("inf")
@@ -86,8 +91,10 @@ class Checkpoints:
         return self.directory / "last.pt"
 
     def attach(self, engine: DiscovrTrainer) -> None:
-        """Loads what ``resume`` asks for, then hooks onto the engine's events."""
+        """Loads what ``resume`` or ``init`` ask for, then hooks onto the engine's events."""
         self._resume(engine)
+        if self.init is not None and not engine.state.iteration:
+            self._begin(engine)
         engine.add_event_handler(Events.STARTED, self._catch_signals)
         if self.save_every:
             engine.add_event_handler(
@@ -101,9 +108,10 @@ class Checkpoints:
     def state(self, trainer: DiscovrTrainer) -> dict[str, Any]:
         """Everything that the next step depends on."""
         network = unwrap(trainer.network)
+        about = describe_encoders(network, self.clip)
         return {
             "format": FORMAT,
-            "about": describe_encoders(network, self.clip),
+            "about": about if self.source is None else about | {"source": self.source},
             "network": network.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
             "iteration": trainer.state.iteration,
@@ -151,6 +159,7 @@ class Checkpoints:
         trainer.state.epoch = state["iteration"] // state["epoch_length"]
         trainer.skipped, trainer.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.best = state["best"]
+        self.source = (state.get("about") or {}).get("source")
         if len(state["random"]) > rank():
             set_random_states(state["random"][rank()])
 
@@ -163,6 +172,20 @@ class Checkpoints:
             self.load(trainer, self.last)
         if trainer.state.iteration and not rank():
             print(f"Resuming from iteration {trainer.state.iteration} (--resume never starts anew)")
+
+    def _begin(self, trainer: DiscovrTrainer) -> None:
+        assert self.init is not None
+        about, words = start_from(unwrap(trainer.network), self.init)
+        self.source = about.get("source")
+        if rank():
+            return
+        print(words)
+        for key in ("mean", "std"):
+            theirs, ours = about["clip"].get(key), self.clip.get(key)
+            if theirs and ours and list(theirs) != list(ours):
+                print(f"Its clips had {key} {theirs}, these have {ours}: set {key} to its own")
+        if self.source and self.source.get("licence"):
+            print(f"Licence of these weights: {self.source['licence']}")
 
     def _save_last(self, trainer: DiscovrTrainer) -> None:
         self.save(trainer, self.last)
