@@ -212,7 +212,7 @@ def _frames(clip: Tensor, frames: list[int]) -> Tensor:
 
 
 def _standardise(x: Tensor, dim: int) -> Tensor:
-    x = x.float()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
 
 
