@@ -1,5 +1,6 @@
 # make train   the demo: environment, package, demo data, DISCOVR pretraining
 # make test    the tests
+# make bench   the training step against its plain formulation (docs/performance.md)
 #
 # CPU build of PyTorch by default; for NVIDIA GPUs:  make train TORCH=cuda
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
@@ -20,13 +21,16 @@ endif
 endif
 TORCH_SOURCE ?= torch==2.13.0
 
-.PHONY: train test lint environment test-environment clean
+.PHONY: train test bench lint environment test-environment clean
 
 train: environment
 	cd bundles/discovr && $(RUN)/python -m monai.bundle run training --config_file configs/train.yaml $(ARGS)
 
 test: test-environment
 	$(RUN)/python -m pytest $(ARGS)
+
+bench: environment
+	$(RUN)/python benchmarks/train_step.py --out output/bench $(ARGS)
 
 lint: test-environment
 	$(RUN)/ruff check .

@@ -1,0 +1,250 @@
+"""Our step equals the plain formulation of it, and needs what benchmarks/operations.py counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import operations  # noqa: E402
+import plain_step  # noqa: E402
+import step_parts  # noqa: E402
+import train_step  # noqa: E402
+from step_memory import settings_of  # noqa: E402
+from step_report import BEGIN, END, write_between_markers  # noqa: E402
+from step_setup import build, difference, step  # noqa: E402
+
+
+def pair(dtype=torch.float32, seed=0, **options):
+    """Both trainers with the same random parameters: none is at its start of zero or one."""
+    made = [build("S", quick=True, plain=plain, **options) for plain in (False, True)]
+    generator = torch.Generator().manual_seed(seed)
+    ours, plain = (trainer for trainer, _ in made)
+    with torch.no_grad():
+        for parameter in ours.network.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * noise)
+    plain.network.load_state_dict(ours.network.state_dict())
+    for trainer in (ours, plain):
+        trainer.network.to(dtype)
+        prepare = trainer.prepare_batch
+        trainer.prepare_batch = lambda *a, prepare=prepare: prepare(*a).to(dtype)
+    return ours, plain, made[0][1]
+
+
+def forward_and_backward(trainer, batch, number):
+    """Loss and terms of one pass under the masks of a step."""
+    trainer.network.train().zero_grad(set_to_none=True)
+    clip = trainer.prepare_batch(batch, trainer.state.device, False)
+    output = trainer._forward(trainer.network, clip, number, 0, len(clip))
+    losses = trainer.loss_function(output, number)
+    losses["loss"].backward()
+    return {name: float(value.detach()) for name, value in losses.items()}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@settings(deadline=None, max_examples=5)
+@given(seed=st.integers(0, 10**6), number=st.integers(0, 10**6))
+def test_loss_and_every_gradient_are_the_plain_ones(dtype, limit, seed, number):
+    ours, plain, batch = pair(dtype, seed)
+    batch["image"] = torch.randint_like(batch["image"], 256)
+    losses = [forward_and_backward(trainer, batch, number) for trainer in (ours, plain)]
+    for name, value in losses[1].items():
+        assert losses[0][name] == pytest.approx(value, rel=limit), name
+    found = difference(ours, plain)
+    trained = {n for n, p in ours.network.named_parameters() if p.requires_grad}
+    with_gradient = {n for n, p in plain.network.named_parameters() if p.grad is not None}
+    assert with_gradient == trained
+    assert max(found.values()) < limit, max(found, key=found.get)
+
+
+def test_the_comparison_sees_one_wrong_scale_and_one_missing_gradient():
+    ours, plain, batch = pair(torch.float64)
+    real = plain_step.plain_attention
+
+    def wrong(attention, x):
+        return real(attention, x) * (1 + 1e-6)
+
+    forward_and_backward(ours, batch, 0)
+    with mock.patch.object(plain_step, "plain_attention", wrong):
+        forward_and_backward(plain, batch, 0)
+    assert max(difference(ours, plain).values()) > 1e-8
+    plain.network.video_student.cls_token.grad = None
+    assert difference(plain, ours)["video_student.cls_token"] == float("inf")
+
+
+def test_whole_steps_leave_the_same_students_teachers_and_centres():
+    """Optimiser, averages and centres: three steps of the trainer, the last from moved teachers."""
+    ours, plain, batch = pair(torch.float64)
+    before = {k: v.clone() for k, v in ours.network.state_dict().items()}
+    for trainer in (ours, plain):
+        trainer.lr, trainer.teacher_momentum = (lambda step: 1e-3), (lambda step: 0.9)
+        for _ in range(3):
+            step(trainer, batch)
+    theirs = plain.network.state_dict()
+    for name, value in ours.network.state_dict().items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-9, msg=name)
+    for name in ("video_teacher.norm.weight", "image_teacher_head.mlp.0.bias", "video_centre"):
+        assert not torch.equal(theirs[name], before[name])
+
+
+def test_plain_is_plain():
+    """Views one by one, all tokens embedded, the image teacher twice, no fused attention."""
+    _, plain, batch = pair()
+    network, seen = plain.network, {}
+    for name in ("video_student", "video_teacher", "image_student", "image_teacher"):
+        embed = getattr(network, name).patch_embed
+        shapes = seen.setdefault(name, [])
+        embed.register_forward_hook(lambda _, x, y, shapes=shapes: shapes.append(y.shape[:2]))
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", side_effect=AssertionError):
+        forward_and_backward(plain, batch, 0)
+    tokens = network.video_student.num_tokens
+    frames = 2 * network.video_student.clip_shape[1]
+    assert seen["video_student"] == [(2, tokens)] * 5
+    assert seen["video_teacher"] == [(2, tokens)]
+    assert seen["image_student"] == [(frames, network.image_student.num_tokens)] * 4
+    assert seen["image_teacher"] == [(frames, network.image_student.num_tokens)] * 2
+    flags = {(group["foreach"], group["fused"]) for group in plain.optimizer.param_groups}
+    assert flags == {(False, False)}
+
+
+def needed(trainer, precision="fp32", batch=2):
+    return train_step.count(trainer, precision, batch)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"image_frame_step": 2}, {"image_frame_step": 3, "mask_ratio": 0.6, "num_views": 2}],
+    ids=["default", "frames", "views"],
+)
+def test_the_counter_agrees_with_torch_on_the_real_step(precision, options):
+    trainer, batch = build("S", quick=True, precision=precision, batch=3, **options)
+    seen = operations.counted(lambda: step(trainer, batch))
+    total = operations.total(needed(trainer, precision, 3))
+    assert total.matrix == pytest.approx(seen, rel=0.02)
+
+
+def test_the_counter_agrees_on_each_part():
+    trainer, batch = build("S", quick=True)
+    calls = step_parts.parts(trainer, batch)
+    parts = needed(trainer)
+    assert calls.keys() == parts.keys()
+    for name, call in calls.items():
+        assert parts[name].matrix == pytest.approx(operations.counted(call), rel=0.02), name
+        assert parts[name].bytes > 0
+        assert parts[name].other > 0 or name == "prototypes"
+
+
+def test_plain_does_only_the_named_work_more():
+    """An image teacher, and the embedding of masked tokens with its gradient: nothing else."""
+    ours, plain, batch = pair()
+    parts = needed(ours)
+    extra = parts["image teacher"].matrix
+    for name, sequences in (("video_student", 2), ("image_student", 16)):
+        encoder = getattr(ours.network, name)
+        views = 5 if name == "video_student" else 4
+        grid = encoder.grid[1] * encoder.grid[2]
+        hidden = encoder.grid[0] * int(0.75 * grid) * sequences * views
+        extra += 2 * 2.0 * hidden * encoder.patch_embed.in_features * encoder.embed_dim
+    seen = operations.counted(lambda: step(plain, batch))
+    assert seen == pytest.approx(operations.total(parts).matrix + extra, rel=1e-6)
+
+
+def test_bf16_moves_fewer_bytes_and_the_same_products():
+    trainer, _ = build("S", quick=True)
+    wide, narrow = needed(trainer), needed(trainer, "bf16")
+    for name, part in wide.items():
+        assert part.matrix == narrow[name].matrix
+        assert narrow[name].bytes <= part.bytes
+    assert narrow["optimiser"] == wide["optimiser"]
+
+
+def test_the_floor_is_the_slower_of_products_and_traffic():
+    part = operations.Count(matrix=100.0, bytes=10.0)
+    assert part.seconds(peak=50.0, bandwidth=10.0) == 2.0
+    assert dataclasses.replace(part, bytes=40.0).seconds(peak=50.0, bandwidth=10.0) == 4.0
+
+
+def test_a_quick_run_writes_every_key(tmp_path):
+    script = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), "--quick"]
+    asked = ["--sizes", "S", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path)]
+    done = subprocess.run([*script, *asked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bench = json.loads((tmp_path / "bench.json").read_text())
+    assert {"date", "machine", "peaks", "batch", "repeats"} <= bench.keys()
+    assert {"threads", "torch", "cpu", "gpu", "device"} <= bench["machine"].keys()
+    found = bench["sizes"]["S"]
+    for key in ("ratio_fp32", "ratio_bf16", "ratio_plain_fp32_to_ours_bf16"):
+        low, high = found[f"{key}_spread"]
+        assert 0 < low <= found[key] <= high
+    for precision in ("fp32", "bf16"):
+        assert 0 < found[f"share_of_peak_{precision}"] < 1
+        assert found["parts"][precision].keys() == {*needed(build("S", quick=True)[0]), "the rest"}
+    assert found["memory_ratio"] > 0
+    assert found["equal"]["gradient"] < 1e-5
+    assert "--quick: tiny sizes. These figures mean nothing." in done.stdout
+    assert re.search(r"\| image teacher \| [\d.]+ \|", done.stdout)
+
+
+def test_an_option_is_measured_against_our_default():
+    common = {"batch": 2, "quick": True, "device": "cpu"}
+    options = Namespace(precisions=["fp32"], repeats=1)
+    with mock.patch.object(train_step, "peak_of", return_value=7.0) as child:
+        found = train_step.measure_option("S", "image_frame_step=4", options, common)
+    assert child.call_args.args[0]["option"] == "image_frame_step=4"
+    assert found["memory_bytes"] == {"fp32": 7.0}
+    low, high = found["ratio_fp32_spread"]
+    assert 0 < low <= found["ratio_fp32"] <= high
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said_plainly(capsys):
+    with pytest.raises(SystemExit, match="PyTorch sees no CUDA GPU here; use --device cpu"):
+        train_step.pick_device("cuda")
+    assert train_step.pick_device("auto") == torch.device("cpu")
+    assert "no CUDA GPU here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["image_frame_step=1", "image_frame_step", "compile=2", "else"])
+def test_unknown_options_are_refused(option):
+    with pytest.raises(ValueError, match=rf"--options {option}: know image_frame_step=N"):
+        settings_of(option)
+
+
+def test_tables_go_between_the_markers_and_nowhere_else(tmp_path):
+    file = tmp_path / "page.md"
+    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_between_markers(file, "new")
+    assert file.read_text() == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    file.write_text("none")
+    with pytest.raises(ValueError, match=r"page.md has no markers .* put them back"):
+        write_between_markers(file, "new")
+
+
+def test_the_page_has_its_markers():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert page.count(BEGIN) == 1
+    assert page.index(BEGIN) < page.index(END)
+
+
+def test_peak_memory_sees_what_was_freed():
+    code = (
+        "import sys; sys.path.append('benchmarks'); import torch; from step_memory import *\n"
+        "before = highest_memory(); torch.ones(2**26); print(highest_memory() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert float(done.stdout) == pytest.approx(2**28, rel=0.1), done.stderr
