@@ -17,8 +17,8 @@ LONGEST = 512  # pixels of a frame's longer side; larger frames are made smaller
 SHEET = 4_000_000  # pixels of a sheet of frames, which every browser can hold
 BLOCK = 8  # JPEG codes blocks of 8 x 8: cells of whole blocks do not shine into their neighbours
 UNITS = 10  # of an outline, to a pixel
-SMOOTH = 3.0  # pixels along an outline
-FLAT = 0.1  # pixels that a simplified outline may be off
+SMOOTH = 4.0  # pixels along an outline
+FLAT = 0.05  # pixels that a simplified outline may be off
 
 
 def data_uri(content: bytes) -> str:
@@ -116,7 +116,13 @@ def _outline(mask: np.ndarray) -> str:
 
 def _smooth(points: np.ndarray) -> np.ndarray:
     """A closed (n, 2) line without its stairs; along the line, so that nothing thin is lost."""
-    return ndimage.gaussian_filter1d(points, min(SMOOTH, len(points) / 16), axis=0, mode="wrap")
+    sigma = min(SMOOTH, len(points) / 16)
+
+    def soft(line: np.ndarray) -> np.ndarray:
+        return ndimage.gaussian_filter1d(line, sigma, axis=0, mode="wrap")
+
+    once = soft(points)
+    return once + soft(points - once)  # the second pass gives back what rounding took off the area
 
 
 def _path(points: np.ndarray) -> str:
