@@ -11,8 +11,8 @@ from discovr_monai.types import DiscovrOutput
 
 
 def soft_cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
-    """H(target, softmax(logits)) per row: (..., K), (..., K) -> (...)."""
-    return logits.logsumexp(-1) - (target * logits).sum(-1)
+    """H(target, softmax(logits)) per row: (..., K), (..., K) -> (...); targets sum to 1."""
+    return -(target * logits.log_softmax(-1)).sum(-1)
 
 
 class SelfDistillation(nn.Module):
