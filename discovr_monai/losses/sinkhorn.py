@@ -36,7 +36,7 @@ def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 10) -> Tensor:
     scaled = scores.to(torch.promote_types(scores.dtype, torch.float32)) / eps  # (M, K)
     tiny = torch.finfo(scaled.dtype).tiny ** 0.8  # leaves room for its reciprocal
     row_max = scaled.amax(dim=1, keepdim=True)  # (M, 1)
-    kernel = (scaled - row_max).exp_()  # (M, K), every row's maximum is 1
+    kernel = scaled.sub_(row_max).exp_()  # (M, K), every row's maximum is 1
     rows = (row_max - all_reduce_max(row_max.amax())).exp_()  # (M, 1), undoes the shift
     tokens = all_reduce_sum(torch.full_like(rows[:1], len(rows)))  # (1, 1), of all ranks
     share = tokens / scores.shape[1]  # a prototype's mass: keeps the scale from drifting
