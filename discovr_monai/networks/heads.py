@@ -44,7 +44,8 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return F.linear(x, F.normalize(self.weight_v, dim=1) * self.weight_g)
+        length = self.weight_v.norm(dim=1, keepdim=True).clamp_min(1e-12)  # (out, 1)
+        return F.linear(x, self.weight_v * (self.weight_g / length))  # one pass, not two
 
 
 class ProjectionHead(nn.Module):
