@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from discovr_monai.masking import visible_indices
 
+SHORT = 256  # tokens; the masked views of the paper have 6 and 161
+
 
 def sincos_positions(length: int, dim: int) -> Tensor:
     """The 1-D sin-cos table: sin on even columns, cos on odd ones.
@@ -26,10 +28,16 @@ def sincos_positions(length: int, dim: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's fused attention, (B, heads, n, d / heads) each.
 
-    On a CPU its bf16 kernel is slower than its fp32 one (short sequences: up to four times, with
-    gradient), so bf16 inputs go through in fp32 there; benchmarks/attention.py compares them.
+    On a CPU its bf16 kernels lose to others (benchmarks/attention.py compares them): without
+    matrix units (AMX) to the fp32 ones, up to four times in short sequences with gradient; with
+    them, in short sequences with gradient, to the formula written out, two to six times.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.cpu._is_amx_tile_supported():
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    if torch.cpu._is_amx_tile_supported():
+        if q.requires_grad and q.shape[-2] <= SHORT:
+            weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, n, n)
+            return weights.softmax(-1) @ v
         return F.scaled_dot_product_attention(q, k, v)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)

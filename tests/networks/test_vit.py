@@ -8,7 +8,7 @@ import torch
 
 from discovr_monai.masking import tube_masks, visible_indices
 from discovr_monai.networks.heads import Decoder
-from discovr_monai.networks.vit import VisionTransformer, sincos_positions
+from discovr_monai.networks.vit import SHORT, VisionTransformer, attend, sincos_positions
 from tests.conftest import tiny_encoder
 
 
@@ -70,6 +70,30 @@ def test_a_block_restated_in_float64(qv_bias):
     x = torch.randn(9, 24)
     expected = _attention64(x.double().numpy(), block, 3)
     np.testing.assert_allclose(block(x[None])[0].detach().numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("tokens", [6, SHORT, SHORT + 1])
+def test_every_way_of_bf16_attention_is_the_formula(monkeypatch, tokens, amx, gradient):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    generator = torch.Generator().manual_seed(tokens)
+    q, k, v = (torch.randn(2, 3, tokens, 16, generator=generator).bfloat16() for _ in range(3))
+    narrow = [x.clone().requires_grad_(gradient) for x in (q, k, v)]
+    exact = [x.double().requires_grad_(gradient) for x in (q, k, v)]
+    found = attend(*narrow)
+    expected = (exact[0] @ exact[1].mT / 4).softmax(-1) @ exact[2]
+    assert found.dtype == torch.bfloat16
+    assert _relative(found, expected) < 0.01
+    if gradient:
+        found.float().square().sum().backward()
+        expected.square().sum().backward()
+        for one, other in zip(narrow, exact, strict=True):
+            assert _relative(one.grad, other.grad) < 0.02
+
+
+def _relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
 
 
 def test_masked_mode_sees_visible_tokens_only(clip):
