@@ -16,6 +16,7 @@ import torch
 from sklearn.covariance import LedoitWolf
 from torch import Tensor, nn
 
+from discovr_monai.evaluation.features import Section
 from discovr_monai.types import DatalistRow
 from discovr_monai.weights import CheckpointError, save_atomic
 
@@ -52,7 +53,7 @@ class Familiarity(nn.Module):
     training cine. Above ``limit``, which 99 % of held-out cines keep, a head says nothing.
 
     Args:
-        width: d of the mean of the tokens.
+        width: D of :func:`familiar_features`.
     """
 
     def __init__(self, width: int) -> None:
@@ -65,14 +66,14 @@ class Familiarity(nn.Module):
         self.register_buffer("limit", torch.ones(1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, d) -> (B,) distances; not above 1: familiar."""
+        """(B, D) -> (B,) distances; not above 1: familiar."""
         apart = features.double() - self.mean.double()
         square = torch.einsum("bi,ij,bj->b", apart, self.precision.double(), apart)
         return ((square / len(self.mean)).clamp_min(0).sqrt() / self.limit).float()
 
     @classmethod
     def fit(cls, train: np.ndarray, held_out: np.ndarray) -> Familiarity:
-        """From the features (M, d) of training cines and of others like them."""
+        """From the features (M, D) of training cines and of others like them."""
         found = LedoitWolf().fit(train.astype(np.float64))
         self = cls(train.shape[1])
         self.mean.copy_(torch.from_numpy(found.location_))
@@ -80,6 +81,28 @@ class Familiarity(nn.Module):
         distances = self(torch.from_numpy(held_out).float()).numpy()
         self.limit.fill_(float(np.quantile(distances, FAMILIAR)))
         return self
+
+
+def familiar_features(mean: Tensor, motion: Tensor) -> Tensor:
+    """What familiarity looks at: how a cine's tokens are, and how they change.
+
+    Args:
+        mean: (B, d); motion: (B, d P) of P places; see
+            :func:`discovr_monai.evaluation.encoders.pool_tokens`.
+
+    Returns:
+        (B, 2 d).
+    """
+    return torch.cat((mean, motion.unflatten(1, (mean.shape[1], -1)).mean(-1)), 1)
+
+
+def fit_familiarity(train: Section, held_out: Section) -> Familiarity:
+    """From the features of a head's training cines, and of others like them."""
+    both = (
+        familiar_features(torch.from_numpy(s.mean), torch.from_numpy(s.motion)).numpy()
+        for s in (train, held_out)
+    )
+    return Familiarity.fit(*both)
 
 
 def views_of(rows: Sequence[DatalistRow], view: str | None) -> list[str]:

@@ -18,7 +18,7 @@ from discovr_monai.data.dataset import ClipDataset, EpochSampler
 from discovr_monai.evaluation.encoders import PLACES, FrozenEncoder, pool_tokens
 from discovr_monai.evaluation.features import Features, Section, subset_by_patient
 from discovr_monai.evaluation.fitting import fit, last_blocks, scaled_groups
-from discovr_monai.evaluation.heads import Familiarity, LinearHead, views_of, write_head
+from discovr_monai.evaluation.heads import LinearHead, fit_familiarity, views_of, write_head
 from discovr_monai.evaluation.labels import ejection_fractions
 from discovr_monai.evaluation.plots import draw_agreement, draw_learning_curve, draw_map, draw_roc
 from discovr_monai.evaluation.results import Results
@@ -266,9 +266,7 @@ class LVEF:
             "views": self.views,
             "cines": len(self.features.rows[self.train]),
         }
-        familiar = Familiarity.fit(
-            self.features[self.train].mean, self.features[self.validation].mean
-        )
+        familiar = fit_familiarity(self.features[self.train], self.features[self.validation])
         write_head(self.save_head, about, {"ef": head, "ef_familiarity": familiar})
 
     def _fine_tune(self, kept: np.ndarray, truth: dict[str, np.ndarray]) -> Predictor:

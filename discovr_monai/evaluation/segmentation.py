@@ -25,7 +25,7 @@ from discovr_monai.data.transforms import LoadCined
 from discovr_monai.evaluation.encoders import TRAINED, EvaluatedEncoder
 from discovr_monai.evaluation.features import Features, check_splits, subset_by_patient
 from discovr_monai.evaluation.fitting import fit
-from discovr_monai.evaluation.heads import Familiarity, views_of, write_head
+from discovr_monai.evaluation.heads import fit_familiarity, views_of, write_head
 from discovr_monai.evaluation.labels import values_of
 from discovr_monai.evaluation.results import Results
 from discovr_monai.evaluation.segmentation_report import Case, report
@@ -289,7 +289,7 @@ class Segmentation:
         file = Path(self.save_head).with_suffix(".features.npz")
         file.unlink(missing_ok=True)
         seen = Features(self.encoder, self.data, self.loader, both, file)
-        familiar = Familiarity.fit(*(seen[section].mean for section in both))
+        familiar = fit_familiarity(*(seen[section] for section in both))
         file.unlink()
         about = {
             "kind": "segmentation",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from monai.data import Dataset
@@ -30,7 +30,8 @@ class ArchiveInference:
 
     Args:
         model: with its weights.
-        dataset: MONAI's, of datalist rows (:func:`find_cines`) and a :class:`CineReader`.
+        dataset: MONAI's, whose data are datalist rows; see :func:`find_cines`.
+        reader: of these rows.
         output_dir: see :mod:`discovr_monai.inference.plan`.
         inferer: MONAI's, from windows to what the model sees in them; None: the model as it is.
         device: for the model.
@@ -48,6 +49,7 @@ class ArchiveInference:
         self,
         model: EchoModel,
         dataset: Dataset,
+        reader: CineReader,
         output_dir: str | Path,
         *,
         inferer: Inferer | None = None,
@@ -71,15 +73,15 @@ class ArchiveInference:
         self.model = model.to(device)
         self.worker, self.workers_in_all, self.readers = worker, workers_in_all, readers
         self.contours = contours and "segmentation" in model.heads
-        self.reader = cast(CineReader, dataset.transform)
+        self.reader = reader
         about = {
             "notice": NOTICE,
             "model": model.sha256,
             "branch": model.branch,
             "pooling": model.pooling,
             "view": view,
-            "sector": self.reader.loader.sector,
-            "windows": {"least": self.reader.least, "overlap": self.reader.overlap},
+            "sector": reader.loader.sector,
+            "windows": {"least": reader.least, "overlap": reader.overlap},
             "contours": self.contours,
             "precision": precision,
         }

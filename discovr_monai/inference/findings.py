@@ -126,8 +126,8 @@ class Analyst:
         self, kind: str, view: str | None, looks: dict[str, Tensor]
     ) -> tuple[str | None, float]:
         """Why a head may not speak, None if it may; and how unfamiliar the cine is."""
-        mean = looks[f"{kind}_mean"][None].to(self.device)
-        far = round(float(self.model.unfamiliarity(kind, mean)), 4)
+        features = looks[f"{kind}_seen"][None].to(self.device)
+        far = round(float(self.model.unfamiliarity(kind, features)), 4)
         views = self.model.heads[kind]["views"]
         known = " or ".join(views)
         if view is None:

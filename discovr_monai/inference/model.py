@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from discovr_monai.evaluation.encoders import TRAINED, FrozenEncoder, pool_tokens, read_about
 from discovr_monai.evaluation.features import POOLINGS
-from discovr_monai.evaluation.heads import Familiarity, LinearHead
+from discovr_monai.evaluation.heads import Familiarity, LinearHead, familiar_features
 from discovr_monai.evaluation.segmenter import SegmentationHead, Segmenter
 from discovr_monai.networks.vit import VisionTransformer
 from discovr_monai.weights import CheckpointError, load_strict
@@ -61,7 +61,7 @@ class EchoModel(nn.Module):
                 like.token_dim, len(head["structures"]) + 1, like.tubelet_size, head["head"]
             )
         for kind in self.heads:
-            width = self.encoders[self._of(kind)].token_dim
+            width = 2 * self.encoders[self._of(kind)].token_dim
             self.add_module(f"{kind}_familiarity", Familiarity(width))
         self.requires_grad_(False).eval()
 
@@ -95,22 +95,23 @@ class EchoModel(nn.Module):
             clip: (B, 3, T, H, W) normalised.
 
         Returns:
-            "embedding" (B, D); for each head its branch's token mean "KIND_mean" (B, d), and
-            "ef_features" (B, D') for an EF head.
+            "embedding" (B, D); for each head "KIND_seen" (B, 2 d), what its familiarity looks at,
+            and "ef_features" (B, D') for an EF head.
         """
         seen = {
             name: pool_tokens(e(clip), e.grid) for name, e in self.encoders.items()
         }  # branch -> poolings
         out = {"embedding": pooled(seen[self.branch], self.pooling)}
         for kind in self.heads:
-            out[f"{kind}_mean"] = seen[self._of(kind)]["mean"]
+            own = seen[self._of(kind)]
+            out[f"{kind}_seen"] = familiar_features(own["mean"], own["motion"])
         if "ef" in self.heads:
             out["ef_features"] = pooled(seen[self._of("ef")], self.heads["ef"]["pooling"])
         return out
 
-    def unfamiliarity(self, kind: str, mean: Tensor) -> Tensor:
-        """(B, d) token means -> (B,); a head may be used up to 1."""
-        found: Tensor = getattr(self, f"{kind}_familiarity")(mean)
+    def unfamiliarity(self, kind: str, seen: Tensor) -> Tensor:
+        """(B, 2 d) "KIND_seen" -> (B,); a head may be used up to 1."""
+        found: Tensor = getattr(self, f"{kind}_familiarity")(seen)
         return found
 
     def segmenter(self) -> Segmenter:
@@ -143,6 +144,10 @@ def load_model(
     """
     state = read_about(ckpt, expect)
     model = EchoModel(state["about"], branch, pooling)
+    if not any(key.startswith(f"{branch}.") for key in state["network"]):
+        raise CheckpointError(
+            f"{Path(ckpt).name} has no {branch.replace('_', ' ')}: choose another"
+        )
     wanted = {key.split(".")[0] for key in model.state_dict()}
     tensors = {k: v for k, v in state["network"].items() if k.split(".")[0] in wanted}
     load_strict(model, tensors, Path(ckpt).name)
