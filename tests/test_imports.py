@@ -21,7 +21,9 @@ ALLOWED = {
     "hub": set(),
     "pages": {"pages", "weights"},
     "training": BASE | {"networks", "losses", "training", "weights"},
-    "evaluation": BASE | {"networks", "data", "weights", "evaluation", "training"},
+    "evaluation": BASE | {"networks", "data", "weights", "evaluation", "training", "pages"},
+    "inference": BASE
+    | {"networks", "data", "weights", "evaluation", "training", "pages", "inference"},
     **{name: set() for name in BASE},
 }
 
