@@ -216,16 +216,17 @@ def _uid(*seed: str | bytes) -> str:
     return ROOT + str(uuid.UUID(bytes=digest.digest()[:16], version=5).int)
 
 
-def clean_text(value: str, longest: int = 64) -> str:
+def clean_text(value: str) -> str:
     """What DICOM's short texts can hold of it, whatever the source's character set."""
     fits = (c if c.isascii() and c.isprintable() and c != "\\" else "_" for c in value)
-    kept = "".join(fits)[:longest].strip()
+    kept = "".join(fits)[:64].strip()
     if not kept:
         raise ValueError(f"{value!r} names no model or structure: give it a name")
     return kept
 
 
 def other_size(name: str, size: Sequence[int], labels: np.ndarray) -> CineError:
+    """For a source of (T, H, W) ``size``."""
     return CineError(
         name,
         f"it has {size[0]} frames of {size[1]} x {size[2]}, the labels "
@@ -235,6 +236,7 @@ def other_size(name: str, size: Sequence[int], labels: np.ndarray) -> CineError:
 
 
 def refuse_empty(labels: np.ndarray, name: str) -> None:
+    """DICOM has no image without frames."""
     if not labels.any():
         raise CineError(
             name, "no structure was found in any of its frames", "There is nothing to write"
