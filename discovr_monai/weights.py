@@ -22,6 +22,7 @@ from discovr_monai.networks.heads import Decoder, ProjectionHead
 from discovr_monai.networks.vit import Block, VisionTransformer
 
 FORMAT = 1
+DESCRIPTION = "description"
 HEADER = "discovr_monai"  # our one entry in a safetensors header: JSON of "format" and "about"
 
 
@@ -73,12 +74,32 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             state["network"] = network
     else:
         state = _read_pickled(path)
+        if isinstance(state, dict) and isinstance(state.get(DESCRIPTION), Tensor):
+            state = _read_flat(state)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(
             f"{path.name} is not a training checkpoint of discovr-monai nor converted for it: "
             "run discovr-monai convert on it first"
         )
     return state
+
+
+def describe(about: Mapping[str, Any]) -> Tensor:
+    """What a flat state dict carries under "description": JSON as (n,) uint8.
+
+    So that models/model.pt is a plain state dict, as MONAI's tools want it, and still says how its
+    networks are built.
+    """
+    text = json.dumps({"format": FORMAT, "about": about}, sort_keys=True)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _read_flat(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(bytes(state[DESCRIPTION].tolist()))
+    except ValueError:
+        return None
+    return {**found, "network": {k: v for k, v in state.items() if k != DESCRIPTION}}
 
 
 def is_safetensors(path: Path) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from discovr_monai.evaluation.features import Section
 from discovr_monai.types import DatalistRow
-from discovr_monai.weights import CheckpointError, save_atomic
+from discovr_monai.weights import DESCRIPTION, CheckpointError, describe, save_atomic
 
 FORMAT = 1
 KINDS = ("ef", "segmentation")
@@ -194,5 +194,5 @@ def bundle_heads(checkpoint: str | Path, heads: Sequence[str | Path], output: st
     settings = {**state["about"], "heads": found}
     if "image_teacher" not in branches:
         settings["image"] = None
-    content = {"format": FORMAT, "about": settings, "network": tensors}
-    save_atomic(lambda temporary: torch.save(content, temporary), Path(output))
+    tensors[DESCRIPTION] = describe(settings)
+    save_atomic(lambda temporary: torch.save(tensors, temporary), Path(output))

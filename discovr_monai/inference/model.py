@@ -14,7 +14,7 @@ from discovr_monai.evaluation.features import POOLINGS
 from discovr_monai.evaluation.heads import Familiarity, LinearHead, familiar_features
 from discovr_monai.evaluation.segmenter import SegmentationHead, Segmenter
 from discovr_monai.networks.vit import VisionTransformer
-from discovr_monai.weights import CheckpointError, load_strict
+from discovr_monai.weights import DESCRIPTION, CheckpointError, describe, load_strict
 
 
 class EchoModel(nn.Module):
@@ -63,6 +63,8 @@ class EchoModel(nn.Module):
         for kind in self.heads:
             width = 2 * self.encoders[self._of(kind)].token_dim
             self.add_module(f"{kind}_familiarity", Familiarity(width))
+        self.description: Tensor  # the file's own, so that the state dict is the file
+        self.register_buffer(DESCRIPTION, describe(self.about))
         self.requires_grad_(False).eval()
 
     def _of(self, kind: str) -> str:
@@ -150,6 +152,7 @@ def load_model(
         )
     wanted = {key.split(".")[0] for key in model.state_dict()}
     tensors = {k: v for k, v in state["network"].items() if k.split(".")[0] in wanted}
+    tensors[DESCRIPTION] = model.description
     load_strict(model, tensors, Path(ckpt).name)
     model.sha256 = state["sha256"]
     return model

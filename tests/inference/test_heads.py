@@ -135,6 +135,14 @@ def test_a_model_without_heads_gives_embeddings_only(checkpoint, labelled):
     assert found.embedding.shape == (24,)
 
 
+def test_the_file_is_the_networks_plain_state_dict(model_file, model):
+    """So CheckpointLoader and the bundle's ckpt_export take it as it is."""
+    found = torch.load(model_file, weights_only=True)
+    own = load_model(model_file).state_dict()
+    assert set(found) == set(own)
+    assert all(torch.equal(found[k], own[k]) for k in own)
+
+
 def test_the_model_file_serves_every_evaluation(model_file):
     from discovr_monai.evaluation.encoders import EvaluatedEncoder
 
