@@ -1,5 +1,7 @@
 # make train   the demo: environment, package, demo data, DISCOVR pretraining
 # make test    the tests
+# make model   the demonstration model: heads for EF and contours on the demo training
+# make bundle  dist/discovr.zip and the wheel: all that another machine needs
 # make bench   the training step against its plain formulation (docs/performance.md)
 #
 # CPU build of PyTorch by default; for NVIDIA GPUs:  make train TORCH=cuda
@@ -21,13 +23,25 @@ endif
 endif
 TORCH_SOURCE ?= torch==2.13.0
 
-.PHONY: train test bench lint environment test-environment clean
+.PHONY: train test model bundle bench lint environment test-environment clean
 
 train: environment
 	cd bundles/discovr && $(RUN)/python -m monai.bundle run training --config_file configs/train.yaml $(ARGS)
 
 test: test-environment
 	$(RUN)/python -m pytest $(ARGS)
+
+# models/model.pt from the demo training: video teacher and an EF head, image teacher and contours
+RUN_BUNDLE := cd bundles/discovr && $(RUN)/python -m monai.bundle run
+model: train
+	$(RUN_BUNDLE) evaluating --config_file configs/lvef.yaml --save_head output/heads/ef.safetensors --view A4C
+	$(RUN_BUNDLE) evaluating --config_file configs/segmentation.yaml --branch image_teacher --save_head output/heads/segmentation.safetensors --view A4C
+	cd bundles/discovr && $(RUN)/discovr-monai model output/pretrain/last.pt models/model.pt \
+	  --head output/heads/ef.safetensors --head output/heads/segmentation.safetensors
+
+bundle: environment
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	$(RUN)/python -c 'from discovr_monai.configuration import pack_bundle; pack_bundle("bundles/discovr", "dist/discovr.zip")'
 
 bench: environment
 	$(RUN)/python benchmarks/train_step.py --out output/bench $(ARGS)

@@ -95,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument(
         "--accept-unverified", action="store_true", help="take it although nobody tells its hash"
     )
+    nearest = commands.add_parser("nearest", help="the cines that are most like one of them")
+    nearest.add_argument("embeddings", help="embeddings.parquet of an inference")
+    nearest.add_argument("id", help="of a cine in it")
+    nearest.add_argument("--k", type=int, default=10, help="how many (10)")
     return parser
 
 
@@ -271,7 +275,17 @@ def _download(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _nearest(arguments: argparse.Namespace) -> int:
+    from discovr_monai.inference.search import find_nearest
+
+    for row in find_nearest(arguments.embeddings, arguments.id, arguments.k):
+        ef = f"EF {row['ef']:.0f} %" if row.get("ef") is not None else ""
+        print(f"{row['similarity']:7.4f}  {row['id']}  study {row['study']}  {ef}".rstrip())
+    return 0
+
+
 _COMMANDS = {
+    "nearest": _nearest,
     "phantom": _phantom,
     "datalist": _datalist,
     "prepare": _prepare,

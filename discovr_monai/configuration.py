@@ -151,3 +151,33 @@ def next_steps(output_dir: str, mlflow: bool) -> str:
         "anomaly)"
     )
     return "\n".join(lines)
+
+
+def pack_bundle(bundle: str | Path, archive: str | Path) -> None:
+    """A bundle folder as a zip that MONAI's tools and people unpack: no data, no outputs.
+
+    Args:
+        bundle: the folder; it becomes the archive's only top folder.
+        archive: written whole or not at all; the same bytes for the same content.
+    """
+    import zipfile
+
+    from discovr_monai.weights import save_atomic
+
+    root = Path(bundle)
+    kept = ("configs", "docs", "models", "LICENSE", "large_files.yml")
+    files = sorted(
+        f
+        for part in kept
+        for f in [root / part, *(root / part).rglob("*")]
+        if f.is_file() and "__pycache__" not in f.parts
+    )
+
+    def write(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as out:
+            for file in files:
+                entry = zipfile.ZipInfo(str(root.name / file.relative_to(root)))
+                entry.external_attr = 0o644 << 16
+                out.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
+
+    save_atomic(write, Path(archive))

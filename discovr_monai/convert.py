@@ -41,6 +41,11 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean, std of intens
 WRAPPERS = ("model", "state_dict", "model_state_dict", "teacher", "module", "network", "student")
 _BOOKKEEPING = re.compile(r"(^|_)(optim|sched|lr_|scaler|amp|rng|random|loss|callbacks)")
 _NUMPY = np.float64(0).__reduce__()[0]  # what makes a scalar
+_SAME_WIDTH = {
+    "prototypes": "decoder.head.weight",
+    "video_centre": "video_head.last_layer.weight_v",
+    "image_centre": "image_head.last_layer.weight_v",
+}
 # what a training script leaves beside the weights and is no code
 _ALLOWED: list[Any] = [
     argparse.Namespace,
@@ -99,14 +104,7 @@ def convert(
         raise CheckpointError(f"{source.name}: {error}") from error
     for name, reason in foreign.aside.items():
         ledger.leave(name, reason)
-    clip = {
-        "stride": stride or STRIDE[layout],
-        "duration": None,
-        "pad_mode": "loop",
-        "default_fps": None,
-        "mean": list(mean or IMAGENET[0]),
-        "std": list(std or IMAGENET[1]),
-    }
+    clip = _clip(STRIDE[layout] if stride is None else stride, mean, std)
     origin = {
         "layout": layout,
         "sha256": sha256_of(source),
@@ -122,6 +120,22 @@ def convert(
     }
     write_weights(output, found.network, about)
     return _account(source.name, output.name, about, ledger)
+
+
+def _clip(stride: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
+    centre, spread = list(mean or IMAGENET[0]), list(std or IMAGENET[1])
+    if stride < 1 or len(centre) != 3 or len(spread) != 3 or min(spread) <= 0:
+        raise ValueError(
+            f"stride {stride} must be at least 1, mean and std need three values each, std above 0"
+        )
+    return {
+        "stride": stride,
+        "duration": None,
+        "pad_mode": "loop",
+        "default_fps": None,
+        "mean": centre,
+        "std": spread,
+    }
 
 
 def _account(source: str, output: str, about: Mapping[str, Any], ledger: Ledger) -> list[str]:
@@ -183,6 +197,13 @@ def check_parts(found: Converted) -> None:
         own = {k.removeprefix(prefix): v for k, v in found.network.items() if k.startswith(prefix)}
         if wrong := differences(module.state_dict(), own):
             raise ValueError(f"our {part} is built otherwise: {wrong}")
+    for single, other in _SAME_WIDTH.items():
+        if single in parts and other in found.network:
+            here, there = found.network[single], found.network[other]
+            if here.shape[-1] != len(there):
+                raise ValueError(
+                    f"our {single} is {tuple(here.shape)} where {other} has {len(there)} rows"
+                )
 
 
 def read_foreign(path: Path) -> Foreign:
@@ -200,17 +221,23 @@ def read_foreign(path: Path) -> Foreign:
         if HEADER in header:
             raise CheckpointError(f"{path.name} is converted already: use it as it is")
         return Foreign(tensors)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if names and all(name.endswith(".npy") for name in names):
-            return _read_npz(path)
+    if _is_npz(path):
+        return _read_npz(path)
     content = _read_pickled(path)
     if isinstance(content, dict) and content.get("format") == FORMAT and "network" in content:
         raise CheckpointError(
             f"{path.name} is a training checkpoint of discovr-monai already: use it as it is"
         )
     return _unwrap(content, path.name)
+
+
+def _is_npz(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def _read_pickled(path: Path) -> Any:
@@ -226,7 +253,7 @@ def _read_pickled(path: Path) -> Any:
                 "numbers, texts and argparse.Namespace only, and nothing in it is executed"
             ) from error
         raise CheckpointError(f"{path.name} is no checkpoint, or a damaged one") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged pickle raises anything
         raise CheckpointError(
             f"{path.name} is no checkpoint, or a damaged one (cut short?): download it again"
         ) from error
@@ -236,8 +263,8 @@ def _unsafe(path: Path) -> list[str]:
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError):
-        return []  # a format before torch 1.6
+    except Exception:  # a format before torch 1.6, or damaged
+        return []
 
 
 def _read_npz(path: Path) -> Foreign:
@@ -245,7 +272,7 @@ def _read_npz(path: Path) -> Foreign:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: np.array(file[key]) for key in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive raises anything
         raise CheckpointError(f"{path.name} is damaged or holds pickled objects") from error
     prefix = "state." if any(key.startswith("state.") for key in arrays) else ""
     found = Foreign({})
@@ -270,7 +297,8 @@ def _unwrap(content: Any, source: str) -> Foreign:
             if inner is None and isinstance(value, Tensor):
                 found.tensors[str(key)] = value
             elif key != inner:
-                found.aside[str(key)] = _why_aside(str(key), value, inner, source)
+                word = str(key) if str(key).isprintable() else repr(key)
+                found.aside[word] = _why_aside(word, value, inner, source)
         if inner is None:
             break
         content = content[inner]

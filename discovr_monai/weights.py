@@ -138,7 +138,7 @@ def _read_pickled(path: Path) -> Any:
             f"checkpoint {path.name} is damaged or holds pickled code, which is never run: "
             "use last.pt or best.pt of a training, or convert it"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged pickle raises anything
         raise CheckpointError(
             f"checkpoint {path.name} is damaged (cut short?): resume from best.pt or start anew"
         ) from error
@@ -365,4 +365,6 @@ def export_teacher(checkpoint: str | Path, output: str | Path) -> None:
     state = read_checkpoint(checkpoint)["network"]
     prefix = "video_teacher."
     found = {f"encoder.{k[len(prefix) :]}": v for k, v in state.items() if k.startswith(prefix)}
+    if not found:
+        raise CheckpointError(f"{Path(checkpoint).name} holds no video teacher")
     save_atomic(lambda temporary: torch.save(found, temporary), Path(output))

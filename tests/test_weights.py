@@ -46,6 +46,7 @@ def write_ours(path, network=None):
 
 def converted(tmp_path, state, name="converted.safetensors", **wanted):
     save_file(state, tmp_path / "in.safetensors")
+    (tmp_path / "in.safetensors.licence.txt").write_text("terms of the publisher\n")
     sizes = {"num_heads": 3, "decoder_num_heads": 2} | wanted
     convert(tmp_path / "in.safetensors", tmp_path / name, wanted=Wanted(**sizes))
     return tmp_path / name
@@ -98,6 +99,7 @@ def test_a_converted_file_says_all_that_evaluation_needs(tmp_path):
     assert set(header["about"]) == {"video", "image", "decoder_num_heads", "clip", "source"}
     assert set(header["about"]["source"]) == {"layout", "sha256", "licence", "notes"}
     assert header["about"]["clip"] == CLIP
+    assert header["about"]["source"]["licence"] == "terms of the publisher"
     encoder = EvaluatedEncoder(file)
     assert (encoder.image_size, encoder.num_frames) == (32, 8)
     clip = torch.randint(0, 256, (2, 1, 8, 32, 32), dtype=torch.uint8)
@@ -135,6 +137,9 @@ def test_the_teacher_of_a_converted_file_is_exported(tmp_path):
     found = torch.load(tmp_path / "model.pt", weights_only=True)
     teacher = released.discovr()["video_teacher.norm.weight"]
     assert torch.equal(found["encoder.norm.weight"], teacher)
+    write_weights(tmp_path / "none.safetensors", {"prototypes": torch.zeros(1)}, {})
+    with pytest.raises(CheckpointError, match="none.safetensors holds no video teacher"):
+        export_teacher(tmp_path / "none.safetensors", tmp_path / "model.pt")
 
 
 def test_writing_is_atomic(tmp_path, monkeypatch):

@@ -242,6 +242,7 @@ def _settings(
     """What builds the encoder again: see :class:`VisionTransformer`."""
     dim, _, tubelet, patch, _ = kernel.shape
     hidden = len(_need(local, prefix, "blocks.0.mlp.fc1.weight"))
+    ledger.note(f"norms of epsilon {eps:g}, as in the published code: tensors do not tell it")
     return {
         "image_size": size.image_size,
         "num_frames": size.num_frames,

@@ -125,11 +125,13 @@ def canonical(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         The tensors, and from which names of the file each comes.
 
     Raises:
-        ValueError: if two names become one.
+        ValueError: if two names become one, or one cannot be printed.
     """
     found: dict[str, Tensor] = {}
     origins: dict[str, list[str]] = {}
     for key, value in state.items():
+        if not key.isprintable():
+            raise ValueError(f"{key!r} is no name of a tensor: the file is damaged")
         name = _hugging_face(re.sub(r"^(model|videomae)\.", "", strip_prefixes(key)))
         if name in found:
             raise ValueError(f"{key} and {origins[name][0]} name the same tensor: keep one of them")

@@ -21,12 +21,22 @@ CLOSE_HALF = 4e-3  # of a table that was stored in half precision
 
 @dataclass(frozen=True)
 class Wanted:
-    """What shapes do not tell, or is to differ from the file; None takes the file's."""
+    """What shapes do not tell, or is to differ from the file; None takes the file's.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
 
     image_size: int | None = None
     num_frames: int | None = None
     num_heads: int | None = None
     decoder_num_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 @dataclass(frozen=True)
