@@ -136,9 +136,7 @@ def _check_folder(root: Path) -> None:
         raise PermissionError(f"dataset_dir {root.name!r} may not be read. Change its permissions")
 
 
-def load_rows(
-    path: Path, root: Path, *, must_exist: bool = True
-) -> dict[str, list[DatalistRow]]:
+def load_rows(path: Path, root: Path, *, must_exist: bool = True) -> dict[str, list[DatalistRow]]:
     """The sections of a Decathlon-style JSON over ``root``.
 
     Args:
