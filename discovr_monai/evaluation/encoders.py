@@ -59,7 +59,7 @@ def pool_tokens(found: Tensor, grid: Sequence[int]) -> dict[str, Tensor]:
         (B, d * min(h, 4) * min(w, 4)): the deviation over t, averaged onto at most 4 x 4 places.
     """
     cls, tokens = found[:, :, 0].mean(1), found[:, :, 1:]
-    places = tokens.reshape(len(found), *grid, -1)  # (B, t, h, w, d)
+    places = tokens.reshape(found.shape[0], *grid, -1)  # (B, t, h, w, d)
     moving = (places.var(1, unbiased=False) + 1e-12).sqrt().permute(0, 3, 1, 2)  # (B, d, h, w)
     size = (min(grid[1], PLACES), min(grid[2], PLACES))
     motion = F.adaptive_avg_pool2d(moving, size).flatten(1)
@@ -96,7 +96,7 @@ class FrozenEncoder(Backbone):
         if not self.by_frame:
             return self.encoder(clip)[:, None]
         frames = clip.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B T, 3, 1, H, W)
-        return self.encoder(frames).unflatten(0, (len(clip), -1))
+        return self.encoder(frames).unflatten(0, (clip.shape[0], -1))
 
     @torch.no_grad()
     def embed(self, clip: Tensor) -> dict[str, Tensor]:

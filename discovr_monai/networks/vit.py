@@ -201,7 +201,7 @@ class VisionTransformer(nn.Module):
             )
         (t, h, w), u, p = self.grid, self.tubelet_size, self.patch_size
         x = clip.reshape(-1, 3, t, u, h, p, w, p)
-        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(len(clip), t * h * w, -1)
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(clip.shape[0], t * h * w, -1)
 
     def forward(self, clip: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encodes a clip, or masked views of it.
@@ -232,7 +232,7 @@ class VisionTransformer(nn.Module):
             positions = positions[0, keep].flatten(0, -3)  # (views * B, n, d)
         x = self.patch_embed(patches) + positions
         if self.cls_token is not None:
-            cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1)
+            cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat((cls, x), dim=1)  # (views * B, 1 + n, d)
         for block in self.blocks:
             x = block(x)
