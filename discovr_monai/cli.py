@@ -68,9 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     scan = commands.add_parser("scan", help="check a folder of cines and report what is unusable")
     scan.add_argument("folder", help="a folder of AVI, MP4, DICOM, NIfTI or MHD files")
     scan.add_argument("--report", default=".", help="folder for bad_files.csv (here)")
-    export = commands.add_parser("export", help="the video teacher of a training, for inference")
-    export.add_argument("checkpoint", help="last.pt or best.pt of a training")
-    export.add_argument("output", help="models/model.pt of the bundle, say")
+    model = commands.add_parser("model", help="teachers and heads in one file, for inference")
+    model.add_argument("checkpoint", help="last.pt or best.pt of a training, or a converted file")
+    model.add_argument("output", help="models/model.pt of the bundle, say")
+    model.add_argument(
+        "--head", action="append", default=[], help="of --save_head in an evaluation; repeatable"
+    )
     convert = commands.add_parser(
         "convert", help="released weights (DISCOVR, VideoMAE, SIGMA, DINO, MAE) to ours, and back"
     )
@@ -230,10 +233,10 @@ def _shards(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    from discovr_monai.weights import export_teacher
+def _model(arguments: argparse.Namespace) -> int:
+    from discovr_monai.evaluation.heads import bundle_heads
 
-    export_teacher(arguments.checkpoint, arguments.output)
+    bundle_heads(arguments.checkpoint, arguments.head, arguments.output)
     return 0
 
 
@@ -292,7 +295,7 @@ _COMMANDS = {
     "reidentify": _reidentify,
     "shards": _shards,
     "scan": _scan,
-    "export": _export,
+    "model": _model,
     "convert": _convert,
     "download": _download,
 }

@@ -354,17 +354,3 @@ def decoder_like(
         mlp_ratio=names["decoder.blocks.0.mlp.fc1.weight"].shape[0] / width,
         qv_bias="decoder.blocks.0.attn.q_bias" in names,
     )
-
-
-def export_teacher(checkpoint: str | Path, output: str | Path) -> None:
-    """Writes a file's video teacher as the state dict of :class:`networks.vit.Embedder`.
-
-    Raises:
-        ValueError: if the file is not a checkpoint of ours.
-    """
-    state = read_checkpoint(checkpoint)["network"]
-    prefix = "video_teacher."
-    found = {f"encoder.{k[len(prefix) :]}": v for k, v in state.items() if k.startswith(prefix)}
-    if not found:
-        raise CheckpointError(f"{Path(checkpoint).name} holds no video teacher")
-    save_atomic(lambda temporary: torch.save(found, temporary), Path(output))

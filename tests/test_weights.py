@@ -20,7 +20,6 @@ from discovr_monai.weights import (
     FORMAT,
     CheckpointError,
     describe_encoders,
-    export_teacher,
     load_strict,
     read_checkpoint,
     write_weights,
@@ -131,15 +130,13 @@ def test_equal_input_gives_equal_bytes(tmp_path):
     assert converted(tmp_path, state, "b.safetensors").read_bytes() == first
 
 
-def test_the_teacher_of_a_converted_file_is_exported(tmp_path):
+def test_the_teachers_of_a_converted_file_make_a_model(tmp_path):
     file = converted(tmp_path, released.discovr())
-    export_teacher(file, tmp_path / "model.pt")
+    assert main(["model", str(file), str(tmp_path / "model.pt")]) == 0
     found = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {key.split(".")[0] for key in found} == {"description", "video_teacher"}
     teacher = released.discovr()["video_teacher.norm.weight"]
-    assert torch.equal(found["encoder.norm.weight"], teacher)
-    write_weights(tmp_path / "none.safetensors", {"prototypes": torch.zeros(1)}, {})
-    with pytest.raises(CheckpointError, match="none.safetensors holds no video teacher"):
-        export_teacher(tmp_path / "none.safetensors", tmp_path / "model.pt")
+    assert torch.equal(found["video_teacher.norm.weight"], teacher)
 
 
 def test_writing_is_atomic(tmp_path, monkeypatch):

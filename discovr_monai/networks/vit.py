@@ -251,23 +251,3 @@ def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> No
             f"{name} {value} is not divisible by {divisor_name} {divisor}: "
             f"use {name} {nearest} or another {divisor_name}"
         )
-
-
-class Embedder(nn.Module):
-    """An encoder and a pooling: one embedding per clip, what inference and evaluation use.
-
-    Args:
-        encoder: the video teacher (or any :class:`VisionTransformer`).
-        pooling: "cls", or "mean" of the tokens without CLS.
-    """
-
-    def __init__(self, encoder: VisionTransformer, pooling: str = "cls") -> None:
-        super().__init__()
-        if pooling not in ("cls", "mean"):
-            raise ValueError(f"pooling {pooling!r} must be 'cls' or 'mean'")
-        self.encoder, self.pooling = encoder, pooling
-
-    def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, T, H, W) normalised -> (B, d)."""
-        tokens = self.encoder(clip)  # (B, 1 + N, d)
-        return tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(1)

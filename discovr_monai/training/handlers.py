@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.handlers import MLFlowHandler
@@ -20,7 +19,6 @@ from discovr_monai.distributed import rank
 from discovr_monai.tracking import versions
 from discovr_monai.training.diagnostics import collapse_report
 from discovr_monai.training.trainer import DiscovrTrainer
-from discovr_monai.weights import save_atomic
 
 
 def figures(engine: Engine) -> dict[str, float]:
@@ -293,43 +291,3 @@ class Pictures:
         for file in files:
             if self.tracking is not None:
                 self.tracking.log_picture(file)
-
-
-class SaveEmbeddings:
-    """Collects an evaluator's embeddings and writes them once, as npz.
-
-    The file holds "embeddings" (M, D) float32, "id" and "index" (row of the datalist).
-
-    Args:
-        path: where to; written to a temporary file, then renamed.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.rows: list[tuple[str, int, np.ndarray]] = []
-
-    def attach(self, engine: Engine) -> None:
-        """Hooks onto the engine's events."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
-        engine.add_event_handler(Events.COMPLETED, self._write)
-
-    def _collect(self, engine: Engine) -> None:
-        batch: Any = engine.state.batch
-        output: Any = engine.state.output
-        found = output["pred"].float().cpu().numpy()
-        self.rows += zip(batch["id"], batch["index"].tolist(), found, strict=True)
-
-    def _write(self, engine: Engine) -> None:
-        ids, index, embeddings = zip(*self.rows, strict=True)
-        arrays: dict[str, Any] = {
-            "embeddings": np.stack(embeddings),
-            "id": np.array(ids),
-            "index": np.array(index),
-        }
-
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)
-
-        save_atomic(write, self.path)
-        print(f"{len(ids)} embeddings of {len(embeddings[0])} numbers in {self.path.name}")

@@ -66,11 +66,3 @@ class PrepareClip:
         mean = torch.tensor(self.mean, device=clip.device).view(3, 1, 1, 1)
         std = torch.tensor(self.std, device=clip.device).view(3, 1, 1, 1)
         return (clip.float() / 255 - mean) / std
-
-
-class PrepareForInference(PrepareClip):
-    """The same for MONAI's evaluators, which want (inputs, targets): the targets are None."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """((B, 3, T, H, W) float32, None)."""
-        return super().__call__(*args, **kwargs), None
