@@ -68,7 +68,9 @@ def build(
     generator = torch.Generator().manual_seed(0)
     shape = (batch, 1, frames, side, side)
     clip = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    data = {"image": clip.to(device), "id": [str(i) for i in range(batch)]}
+    if torch.device(device).type == "cuda":
+        clip = clip.pin_memory()  # as the loader does: the step brings it to the GPU
+    data = {"image": clip, "id": [str(i) for i in range(batch)]}
     torch.manual_seed(0)
     network = parser.get_parsed_content("network")
     optimizer = parser.get_parsed_content("optimizer")
