@@ -74,6 +74,20 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--head", action="append", default=[], help="of --save_head in an evaluation; repeatable"
     )
+    export = commands.add_parser("export", help="a model's networks for other runtimes, checked")
+    export.add_argument("model", help="models/model.pt of the bundle, or any checkpoint of ours")
+    export.add_argument("folder", help="where to: PART.onnx, PART.pt2, PART.ts, PART.int8.onnx")
+    export.add_argument(
+        "--format", nargs="+", default=["onnx", "program"], metavar="FORMAT",
+        help="onnx, program (torch.export), torchscript, int8 (onnx program)",
+    )  # fmt: skip
+    export.add_argument(
+        "--part", nargs="+", metavar="PART", help="embedding, ef, segmentation (all there are)"
+    )
+    export.add_argument("--branch", default="video_teacher", help="of the embedding")
+    export.add_argument(
+        "--pooling", default="cls", help="of the embedding: cls, mean, both, motion"
+    )
     convert = commands.add_parser(
         "convert", help="released weights (DISCOVR, VideoMAE, SIGMA, DINO, MAE) to ours, and back"
     )
@@ -240,6 +254,22 @@ def _model(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from discovr_monai.export import NOTICE, export_model
+
+    export_model(
+        arguments.model,
+        arguments.folder,
+        arguments.format,
+        arguments.part,
+        arguments.branch,
+        arguments.pooling,
+        tell=print,
+    )
+    print(f"These files are {NOTICE}")
+    return 0
+
+
 def _convert(arguments: argparse.Namespace) -> int:
     from discovr_monai import convert
     from discovr_monai.foreign.positions import Wanted
@@ -296,6 +326,7 @@ _COMMANDS = {
     "shards": _shards,
     "scan": _scan,
     "model": _model,
+    "export": _export,
     "convert": _convert,
     "download": _download,
 }

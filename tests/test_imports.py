@@ -19,6 +19,8 @@ ALLOWED = {
     "foreign": BASE | {"networks", "weights", "foreign"},
     "convert": BASE | {"networks", "weights", "foreign", "hub"},
     "hub": set(),
+    "export": BASE | {"data", "weights", "evaluation", "training", "inference", "export_formats"},
+    "export_formats": set(),
     "pages": {"pages", "weights"},
     "training": BASE | {"networks", "losses", "training", "weights"},
     "evaluation": BASE | {"networks", "data", "weights", "evaluation", "training", "pages"},
