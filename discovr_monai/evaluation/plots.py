@@ -166,7 +166,8 @@ def save_overlay(
         picture = Image.fromarray(drawn)
         if caption:
             ImageDraw.Draw(picture).text((4, side + 1), caption, fill=(230, 230, 230))
-        pictures.append(picture)
+        # few colours without dithering: half the size, and speckle stays speckle
+        pictures.append(picture.quantize(64, dither=Image.Dither.NONE))
     pictures[0].save(
         path,
         format="GIF",

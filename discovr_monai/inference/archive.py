@@ -212,5 +212,5 @@ class ArchiveInference:
         pages = self.studies.finish()
         print(f"{count} cines, {len(bad)} files set aside; {NOTICE}")
         print(f"Written: {out.name}/embeddings.parquet, results.csv", end="")
-        print(f", {pages} study pages: open {out.name}/index.html" if pages else "")
+        print(f", and {pages} pages to open: studies/STUDY/page.html" if pages else "")
         print(f"Not for sharing: {private.name} (which file is which, what was set aside)")

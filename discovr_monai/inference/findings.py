@@ -11,7 +11,7 @@ import torch
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor
 
-from discovr_monai.evaluation.contours import ejection_fraction, simpson_volume
+from discovr_monai.evaluation.contours import ejection_fraction, largest_component, simpson_volume
 from discovr_monai.evaluation.segmenter import clip_stride, cover, label_frames
 from discovr_monai.inference.model import EchoModel
 from discovr_monai.inference.reading import Seen
@@ -157,9 +157,18 @@ class Analyst:
         whole = np.arange(frames)
         clips = [(steps, whole) for steps in cover(seen.cine.shape[1], frames, stride)]
         side = max(seen.window[4:6])
-        return label_frames(
+        labels = label_frames(
             self.segmenter, seen.cine, clips, side, self._ready, max(1, self.batch_size // 4)
         )
+        return np.stack([_whole(frame, len(self.model.structures)) for frame in labels])
+
+
+def _whole(labels: np.ndarray, structures: int) -> np.ndarray:
+    """(s, s) labels with the largest part of each structure only: a heart has one of each."""
+    out = np.zeros_like(labels)
+    for label in range(1, structures + 1):
+        out[largest_component(labels == label)] = label
+    return out
 
 
 def _volumes(labels: np.ndarray, seen: Seen) -> dict[str, Any]:

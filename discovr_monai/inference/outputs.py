@@ -28,7 +28,7 @@ from discovr_monai.pages.page import CineView, Nearest, write_study_page
 from discovr_monai.types import DatalistRow
 from discovr_monai.weights import save_atomic
 
-SHOWN = 384  # pixels per side of a page's frames, at most
+SHOWN = 256  # pixels per side of a page's frames, at most
 NEAREST = 6
 
 

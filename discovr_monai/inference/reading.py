@@ -23,7 +23,7 @@ class Seen:
 
     Attributes:
         row: of the datalist, with "id".
-        patient, study: salted.
+        patient, study: salted; where no study is known, all of a patient is one, or of a folder.
         cine: (C, T, S, S) uint8.
         clips: (n, C, t, S, S) uint8, evenly spaced windows.
         fps: frames per second, or None.
@@ -112,14 +112,13 @@ class CineReader:
         clips = np.stack([cine[:, np.maximum(i, 0)] for i in indices])
         clips[np.broadcast_to((indices < 0)[:, None], clips.shape[:3])] = 0
         patient, study = owners_of(path)
-        own = str(row["id"])
+        owner, spacing = row.get("patient") or patient, found.get("spacing")
         folder = path.parent.relative_to(self.loader.root)
-        there = f"folder {folder}" if folder.parts else f"file {own}"
-        spacing = found.get("spacing")
+        there = f"folder {folder}" if folder.parts else f"file {row['id']}"
         return Seen(
             row=row,
-            patient=salted_id(str(row.get("patient") or patient or f"file {own}"), self.salt),
-            study=salted_id(str(row.get("study") or study or there), self.salt),
+            patient=salted_id(str(owner or f"file {row['id']}"), self.salt),
+            study=salted_id(str(row.get("study") or study or owner or there), self.salt),
             cine=cine,
             clips=clips,
             fps=found["fps"],

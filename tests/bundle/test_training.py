@@ -105,21 +105,21 @@ def test_the_same_command_again_reuses_what_is_there(trained, bundle, mixed):
 
 
 def test_the_checkpoint_feeds_inference(trained, bundle, mixed, tmp_path):
-    from discovr_monai.cli import main
+    """Without heads: embeddings of all that can be read."""
+    from discovr_monai.inference.table import read_embeddings
 
     _, out = trained
-    assert main(["export", str(out / "last.pt"), str(tmp_path / "model.pt")]) == 0
     done = run(
         bundle, "run", "run", "--config_file", "configs/inference.yaml", "--dataset_dir",
-        str(mixed), "--section", "training", "--ckpt_path", str(tmp_path / "model.pt"),
-        "--output_dir", str(tmp_path), "--image_size", "32", "--num_frames", "4",
-        "--embed_dim", "24", "--depth", "1", "--num_heads", "3",
+        str(mixed), "--ckpt", str(out / "last.pt"), "--output_dir", str(tmp_path / "out"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    with np.load(tmp_path / "embeddings.npz", allow_pickle=False) as found:
-        assert found["embeddings"].shape == (12, 24)
-        assert len(set(found["id"])) == 12
-        assert np.isfinite(found["embeddings"]).all()
+    found = read_embeddings(tmp_path / "out" / "embeddings.parquet")
+    assert found.shape[1] == 24
+    assert len(found) >= 12
+    assert np.isfinite(found).all()
+    report = (tmp_path / "out-private" / "bad_files.csv").read_text()
+    assert "broken.avi" in report
 
 
 def test_a_datalist_and_the_clis_own_tracking(bundle, phantom, tmp_path):
