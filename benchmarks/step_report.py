@@ -94,7 +94,7 @@ def _ratios(found: dict[str, Any]) -> list[str]:
             "",
             f"The same step in both formulations (fp32): the loss differs by {equal['loss']:.1e}, "
             f"the gradients of {equal['parameters']} tensors by at most {equal['gradient']:.1e} "
-            "of the tensor's largest entry.",
+            "of the tensor's norm.",
         ]
     return rows
 

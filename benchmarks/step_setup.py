@@ -108,7 +108,7 @@ def now(device: torch.device) -> float:
 
 
 def difference(trainer: DiscovrTrainer, other: DiscovrTrainer) -> dict[str, float]:
-    """Parameter -> the largest difference of its gradients, relative to the largest gradient."""
+    """Parameter -> |difference of its gradients| / |the other's gradient|, Euclidean norms."""
     found = {}
     ours = dict(trainer.network.named_parameters())
     for name, parameter in other.network.named_parameters():
@@ -116,6 +116,6 @@ def difference(trainer: DiscovrTrainer, other: DiscovrTrainer) -> dict[str, floa
         if (mine is None) != (theirs is None):
             found[name] = float("inf")
         elif mine is not None and theirs is not None:
-            scale = theirs.abs().max().clamp_min(torch.finfo(theirs.dtype).tiny)
-            found[name] = float((mine - theirs).abs().max() / scale)
+            length = theirs.norm().clamp_min(torch.finfo(theirs.dtype).tiny)
+            found[name] = float((mine - theirs).norm() / length)
     return found
