@@ -105,17 +105,23 @@ def _one_clear_error(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
     """Our own errors end in their message alone; others keep the traceback before it."""
-    root = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    frame = root.__traceback__
-    ours = False
+    chain = [error]  # MONAI's wrapping, our message, perhaps a library's cause of it
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    known = (ValueError, OSError, RuntimeError, ArithmeticError)
+    told = next((e for e in chain if _is_ours(e) and isinstance(e, known)), None)
+    if told is None:
+        sys.__excepthook__(kind, error, traceback)
+    print(f"\nError: {told or chain[-1]}", file=sys.stderr)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our code raised it."""
+    frame, ours = error.__traceback__, False
     while frame is not None:
         ours = "discovr_monai" in frame.tb_frame.f_globals.get("__name__", "")
         frame = frame.tb_next
-    if not (ours and isinstance(root, (ValueError, OSError, RuntimeError, ArithmeticError))):
-        sys.__excepthook__(kind, error, traceback)
-    print(f"\nError: {root}", file=sys.stderr)
+    return ours
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -147,9 +147,8 @@ def load_model(
     state = read_about(ckpt, expect)
     model = EchoModel(state["about"], branch, pooling)
     if not any(key.startswith(f"{branch}.") for key in state["network"]):
-        raise CheckpointError(
-            f"{Path(ckpt).name} has no {branch.replace('_', ' ')}: choose another"
-        )
+        what = branch.replace("_", " ")
+        raise CheckpointError(f"{Path(ckpt).name} has no {what}: choose another branch")
     wanted = {key.split(".")[0] for key in model.state_dict()}
     tensors = {k: v for k, v in state["network"].items() if k.split(".")[0] in wanted}
     tensors[DESCRIPTION] = model.description

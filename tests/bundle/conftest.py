@@ -37,7 +37,7 @@ def phantom(tmp_path_factory):
 def bundle(tmp_path_factory):
     """A copy of the bundle, so that runs leave nothing in the repository."""
     copy = tmp_path_factory.mktemp("bundles") / "discovr"
-    ignore = shutil.ignore_patterns("data", "output", "*.pt")
+    ignore = shutil.ignore_patterns("data", "output")
     shutil.copytree(BUNDLE, copy, ignore=ignore)
     return copy
 

@@ -37,8 +37,7 @@ def model(bundle, labelled, checkpoint, tmp_path_factory):  # noqa: F811
             "--output_dir", str(folder / task), "--save_head", heads[-1],
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
-    file = bundle / "models" / "model.pt"
-    file.parent.mkdir(exist_ok=True)
+    file = folder / "model.pt"
     assert main(["model", str(checkpoint), str(file), *heads]) == 0
     return file
 
@@ -127,7 +126,7 @@ def test_two_workers_by_torchrun_one_killed(bundle, model, labelled, tmp_path): 
     assert {k: now[k] for k in before} == before
 
 
-def test_an_archive_of_the_bundle_works_elsewhere(model, labelled, tmp_path):  # noqa: F811
+def test_an_archive_of_the_bundle_works_elsewhere(bundle, labelled, tmp_path):  # noqa: F811
     """make bundle: unpacked somewhere else, with the wheel instead of this checkout."""
     from discovr_monai.configuration import pack_bundle
 
@@ -135,7 +134,7 @@ def test_an_archive_of_the_bundle_works_elsewhere(model, labelled, tmp_path):  #
         ["make", "-n", "-B", "bundle"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert 'pack_bundle("bundles/discovr", "dist/discovr.zip")' in plan
-    pack_bundle(model.parents[1], tmp_path / "discovr.zip")
+    pack_bundle(bundle, tmp_path / "discovr.zip")
     with zipfile.ZipFile(tmp_path / "discovr.zip") as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "elsewhere")

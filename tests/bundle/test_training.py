@@ -200,7 +200,7 @@ def test_two_processes_train_and_stay_equal(bundle, phantom, tmp_path):
         (["--image_size", "30"], "image_size 30 is not divisible by patch_size 8: use image_size 32"),
         (["--dataset_dir", "nowhere"], "dataset_dir 'nowhere' does not exist. Check --dataset_dir"),
         (["--batch_size", "500"], "fewer clips than batch_size"),
-        (["--pad_mode", "refuse", "--num_frames", "64"], "frames, a clip needs 190. Lower num_frames"),
+        (["--pad_mode", "refuse", "--num_frames", "64"], "frames, a clip needs 379. Lower num_frames"),
     ],
 )  # fmt: skip
 def test_errors_end_in_one_clear_line(bundle, phantom, tmp_path, arguments, message):
