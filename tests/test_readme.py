@@ -23,6 +23,8 @@ RUN_BY = {
     "--ckpt output/pretrain/last.pt": "test_each_config_runs_by_its_command",
     "discovr-monai datalist echonet-dynamic /your/EchoNet-Dynamic": "test_one_training_on_cines_of_every_set",
     "discovr-monai prepare /your/archive /your/prepared": "test_an_archive_is_prepared_packed_and_trained_on",
+    "../../.venv/bin/python -m monai.bundle run run --config_file configs/inference.yaml "
+    "--dataset_dir /your/study --view A4C": "test_dicom_in_dicom_out",
     "python benchmarks/parity.py FILE.npz": "test_every_expected_output_is_reproduced",
     "pip install .": "test_a_plain_install_builds",
 }
