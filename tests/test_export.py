@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import runpy
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -31,7 +35,7 @@ from discovr_monai.export_formats import FORMATS, encode, open_exported
 from discovr_monai.inference.findings import Analyst
 from discovr_monai.inference.model import load_model
 from discovr_monai.inference.plan import find_cines
-from discovr_monai.inference.reading import CineReader
+from discovr_monai.inference.reading import CineReader, Seen
 from discovr_monai.training.optim import PrepareClip
 from tests.inference.conftest import (  # noqa: F401 (fixtures)
     checkpoint,
@@ -42,6 +46,7 @@ from tests.inference.conftest import (  # noqa: F401 (fixtures)
 )
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "export.md").read_text()
 SHAPE = (3, 4, 32, 32)
 EXACT = ("onnx", "program", "torchscript")
 
@@ -50,13 +55,21 @@ EXACT = ("onnx", "program", "torchscript")
 def folder(model_file, tmp_path_factory) -> Path:  # noqa: F811
     """All parts in all formats, but for an EF in eight bits (see below)."""
     out = tmp_path_factory.mktemp("export")
-    export_model(model_file, out, tuple(FORMATS), ("embedding", "segmentation"))
-    export_model(model_file, out, EXACT, ("ef",))
+    assert main(["export", str(model_file), str(out)]) == 0  # the page's first command
+    assert len(list(out.iterdir())) == 6
+    export_model(model_file, out, ("torchscript", "int8"), ("embedding", "segmentation"))
+    export_model(model_file, out, ("torchscript",), ("ef",))
     return out
 
 
 def noise(batch: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def seen_cine(model, labelled) -> Seen:  # noqa: F811
+    root, rows = find_cines(labelled, None, "test")
+    reader = CineReader(LoadCined(root=root, size=32), 4, model.about["clip"], 3, 0.5)
+    return reader({**rows[0], "id": "x"})["seen"]
 
 
 def about_of(file: Path) -> dict:
@@ -160,9 +173,7 @@ def test_no_file_names_this_machine(folder):
 
 def test_the_mean_over_windows_is_what_inference_says(folder, model, labelled):  # noqa: F811
     """And the mean unfamiliarity is never below inference's, which is of the mean features."""
-    root, rows = find_cines(labelled, None, "test")
-    reader = CineReader(LoadCined(root=root, size=32), 4, model.about["clip"], 3, 0.5)
-    seen = reader({**rows[0], "id": "x"})["seen"]
+    seen = seen_cine(model, labelled)
     (found,) = Analyst(model, torch.device("cpu"))([seen])
     clips = PrepareClip()({"image": torch.from_numpy(seen.clips)})
     ef, far = open_exported(folder / "ef.onnx", "onnx")(clips)
@@ -198,6 +209,76 @@ def test_a_decoder_and_the_other_branch(model_file):  # noqa: F811
         for mine, right in zip(found, expected(network, kind, noise(3)), strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
     assert found[0].shape == (3, 48)
+
+
+# ---- docs/export.md ----------------------------------------------------------------------
+
+
+def test_the_second_command_of_the_page(model_file, tmp_path, monkeypatch, capsys):  # noqa: F811
+    first, second = re.findall(r"^discovr-monai (export .*)$", PAGE, re.M)
+    assert first == "export models/model.pt exported"  # fixture folder
+    monkeypatch.chdir(tmp_path)
+    words = [str(model_file) if w == "models/model.pt" else w for w in second.split()]
+    assert main(words) == 0, capsys.readouterr().err
+    names = {"embedding.onnx", "embedding.int8.onnx", "embedding.ts"}
+    assert {f.name for f in (tmp_path / "exported").iterdir()} == names
+    about = about_of(tmp_path / "exported" / "embedding.onnx")
+    assert (about["branch"], about["pooling"]) == ("image_teacher", "both")
+    assert all(f"`{name}`" in PAGE for name in (*FORMATS, *PARTS))
+
+
+def test_the_code_of_the_page(folder, tmp_path, monkeypatch, capsys, model, labelled):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exported").symlink_to(folder)
+    seen = seen_cine(model, labelled)
+    np.save(tmp_path / "windows.npy", seen.clips[:, 0])
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    exec(code, {})
+    ef = Analyst(model, torch.device("cpu"))([seen])[0].values["ef"]
+    radius = float(model.ef.radius)
+    notice = "for research use only, not a medical device"
+    assert capsys.readouterr().out == f"EF {ef:.0f} % +- {radius:.0f}, {notice}\n"
+
+
+def test_the_table(model_file, labelled, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    words = [
+        str(model_file),
+        "--dataset_dir",
+        str(labelled),
+        "--rounds",
+        "1",
+        "--batches",
+        "1",
+        "2",
+    ]
+    monkeypatch.setattr("sys.argv", ["export_table.py", *words])
+    runpy.run_path(str(ROOT / "benchmarks" / "export_table.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "ef.int8.onnx was removed" in said  # see test_what_eight_bits_spoil_is_refused
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    table = {row[0].removeprefix("| "): row[1:] for row in rows}
+    for way in ("torch, fp32", "torch, bf16 (autocast)", "TorchScript", "torch.export"):
+        assert float(table[way][-1].rstrip(" |")) > 0.999
+    assert float(table["ONNX Runtime, fp32"][-1].rstrip(" |")) == 1
+    assert table["fp32"][0].endswith("(10 cines)")
+    assert table["int8"][0] == "none"
+    exact, rounded = (float(table[k][1].split()[0]) for k in ("fp32", "int8"))
+    assert 0 < exact < 1 and abs(exact - rounded) < 0.05
+
+
+@pytest.mark.parametrize("size", ["S", "B"])
+def test_the_table_of_random_weights(tmp_path, monkeypatch, size):
+    """The configs' encoders; tiny here."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = runpy.run_path(str(ROOT / "benchmarks" / "export_table.py"))
+    file = table["random_model"](Namespace(random=size, quick=True), tmp_path)
+    model = load_model(file)  # noqa: F811
+    assert model.clip_shape == (3, 8, 32, 32)
+    (only,) = export_model(file, tmp_path, ("torchscript",))
+    lines = table["about"](model, Namespace(random=size, quick=True, rounds=1))
+    assert "Width 48, 2 blocks, random weights" in lines[0]
+    assert only.deviation["embedding"] == (0.0, 0.0)
 
 
 # ---- what goes wrong ---------------------------------------------------------------------
