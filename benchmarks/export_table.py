@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from markers import write_between_markers
 from monai.bundle import ConfigParser
 from step_setup import CONFIGS, QUICK, SIZES
 from torch import Tensor
@@ -39,10 +40,8 @@ from discovr_monai.inference.model import EchoModel, load_model
 from discovr_monai.inference.plan import find_cines
 from discovr_monai.inference.reading import CineReader, Seen
 from discovr_monai.training.optim import IMAGENET_MEAN, IMAGENET_STD, PrepareClip
-from discovr_monai.weights import save_atomic
 
 DOCS = Path(__file__).parents[1] / "docs" / "export.md"
-BEGIN, END = "<!-- benchmarks/export_table.py: begin -->", "<!-- end -->"
 WAYS = {  # row -> format of its file; None: torch itself
     "torch, fp32": None,
     "torch, bf16 (autocast)": None,
@@ -68,7 +67,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if options.docs:
-        write(text)
+        write_between_markers(DOCS, text, "export_table.py")
 
 
 def parse() -> argparse.Namespace:
@@ -272,16 +271,6 @@ def _dice(run: Run, model: EchoModel, seen: Seen, root: Path) -> float:
     known = known or np.flatnonzero(truth.any((1, 2))).tolist()
     found = [dice(truth[frame] == 1, labels[frame] == 1) for frame in known]
     return float(np.mean(found)) if found else float("nan")
-
-
-def write(text: str) -> None:
-    """Between the markers of docs/export.md."""
-    before, begin, rest = DOCS.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{DOCS.name} has no markers {BEGIN} and {END}: put them back")
-    content = f"{before}{BEGIN}\n{text}\n{END}{after}"
-    save_atomic(lambda path: path.write_text(content), DOCS)
 
 
 if __name__ == "__main__":

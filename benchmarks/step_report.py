@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from discovr_monai.weights import save_atomic
-
-BEGIN, END = "<!-- benchmarks/train_step.py: begin -->", "<!-- end -->"
 GIB = 2**30
 
 
@@ -21,20 +17,6 @@ def tables(bench: dict[str, Any]) -> str:
         if "options" in found:
             lines += ["", *_options(found)]
     return "\n".join(lines)
-
-
-def write_between_markers(file: Path, text: str) -> None:
-    """Replaces what stands between the markers.
-
-    Raises:
-        ValueError: where the file has no markers.
-    """
-    before, begin, rest = file.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{file.name} has no markers {BEGIN} and {END}: put them back")
-    content = f"{before}{BEGIN}\n{text}\n{END}{after}"
-    save_atomic(lambda path: Path(path).write_text(content), file)
 
 
 def _machine(bench: dict[str, Any]) -> list[str]:

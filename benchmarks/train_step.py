@@ -26,9 +26,10 @@ from typing import Any
 
 import operations
 import torch
+from markers import write_between_markers
 from step_memory import apply_option, memory_ratios, peak_of, settings_of
 from step_parts import bandwidth, matrix_peak, time_parts
-from step_report import tables, write_between_markers
+from step_report import tables
 from step_setup import SIZES, build, difference, now, step
 
 from discovr_monai.training.trainer import DiscovrTrainer, unwrap
@@ -65,7 +66,7 @@ def main() -> None:
             save(bench, file)
     print(tables(bench))
     if options.docs:
-        write_between_markers(DOCS, tables(bench))
+        write_between_markers(DOCS, tables(bench), "train_step.py")
 
 
 def parse() -> argparse.Namespace:

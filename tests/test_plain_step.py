@@ -23,8 +23,8 @@ import operations  # noqa: E402
 import plain_step  # noqa: E402
 import step_parts  # noqa: E402
 import train_step  # noqa: E402
+from markers import END, begin, write_between_markers  # noqa: E402
 from step_memory import settings_of  # noqa: E402
-from step_report import BEGIN, END, write_between_markers  # noqa: E402
 from step_setup import build, difference, step  # noqa: E402
 
 
@@ -227,18 +227,18 @@ def test_unknown_options_are_refused(option):
 
 def test_tables_go_between_the_markers_and_nowhere_else(tmp_path):
     file = tmp_path / "page.md"
-    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_between_markers(file, "new")
-    assert file.read_text() == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    file.write_text(f"before\n{begin('train_step.py')}\nold\n{END}\nafter\n")
+    write_between_markers(file, "new", "train_step.py")
+    assert file.read_text() == f"before\n{begin('train_step.py')}\nnew\n{END}\nafter\n"
     file.write_text("none")
     with pytest.raises(ValueError, match=r"page.md has no markers .* put them back"):
-        write_between_markers(file, "new")
+        write_between_markers(file, "new", "train_step.py")
 
 
 def test_the_page_has_its_markers():
     page = (ROOT / "docs" / "performance.md").read_text()
-    assert page.count(BEGIN) == 1
-    assert page.index(BEGIN) < page.index(END)
+    assert page.count(begin("train_step.py")) == 1
+    assert page.index(begin("train_step.py")) < page.index(END)
 
 
 def test_peak_memory_sees_what_was_freed():
