@@ -28,8 +28,9 @@ TORCH_SOURCE ?= torch==2.13.0
 train: environment
 	cd bundles/discovr && $(RUN)/python -m monai.bundle run training --config_file configs/train.yaml $(ARGS)
 
+# Two processes, each with one file of tests at a time and one thread.
 test: test-environment
-	$(RUN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # models/model.pt from the demo training: video teacher and an EF head, image teacher and contours
 RUN_BUNDLE := cd bundles/discovr && $(RUN)/python -m monai.bundle run

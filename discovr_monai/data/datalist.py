@@ -317,13 +317,14 @@ def patient_of(path: Path) -> str | None:
 
 def owners_of(path: Path) -> tuple[str | None, str | None]:
     """A DICOM file's PatientID and StudyInstanceUID; to be salted before they go anywhere."""
-    if path.suffix.lower() not in ("", ".dcm", ".dicom"):
-        return None, None
+    from discovr_monai.data.cine import is_dicom
     from discovr_monai.data.cine_dicom import open_dicom
 
     try:
+        if not is_dicom(path):
+            return None, None
         dataset = open_dicom(path, path.name, pixels=False)
-    except CineError:
+    except (CineError, OSError):
         return None, None
     patient, study = dataset.get("PatientID"), dataset.get("StudyInstanceUID")
     return f"patient {patient}" if patient else None, f"study {study}" if study else None

@@ -156,7 +156,10 @@ class LVEF:
         self.weight_decay, self.batch_size = weight_decay, batch_size
         self.epochs, self.lr, self.warmup_epochs = epochs, lr, warmup_epochs
         self.save_head = save_head
-        self.views = [] if save_head is None else views_of(features.rows[train], view)
+        if save_head is not None and 1 not in self.label_fractions:
+            raise ValueError("save_head needs 1.0 among the label_fractions: a head has all labels")
+        both = [*features.rows[train], *features.rows[validation]]
+        self.views = [] if save_head is None else views_of(both, view)
 
     def run(self) -> dict:
         """Evaluates, writes, returns the results."""

@@ -149,7 +149,10 @@ class Segmentation:
         self.epochs, self.lr, self.weight_decay = epochs, lr, weight_decay
         self.layer_decay, self.batch_size, self.seed, self.fps = layer_decay, batch_size, seed, fps
         self.save_head, self.data = save_head, data
-        self.views = [] if save_head is None else views_of(self.rows[train], view)
+        if save_head is not None and 1 not in self.label_fractions:
+            raise ValueError("save_head needs 1.0 among the label_fractions: a head has all labels")
+        both = [*self.rows[train], *self.rows[validation]]
+        self.views = [] if save_head is None else views_of(both, view)
 
     def run(self) -> dict:
         """Evaluates, writes, returns the results."""

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from discovr_monai.data.tables import shown, write_table
 from discovr_monai.data.workers import run_isolated
-from discovr_monai.distributed import barrier, rank
 from discovr_monai.inference.findings import NOTICE, Analyst, Finding
 from discovr_monai.inference.model import EchoModel
 from discovr_monai.inference.outputs import StudyWriter
@@ -83,9 +82,11 @@ class ArchiveInference:
             "sector": reader.loader.sector,
             "windows": {"least": reader.least, "overlap": reader.overlap},
             "contours": self.contours,
+            "files": {"label_maps": label_maps, "overlays": overlays},
             "precision": precision,
         }
-        self.plan = Plan(Path(output_dir), dataset.data, about, part_size)
+        root = reader.loader.root
+        self.plan = Plan(Path(output_dir), root, dataset.data, about, part_size)
         self.analyst = Analyst(
             model,
             torch.device(device),
@@ -111,15 +112,17 @@ class ArchiveInference:
         mine = [p for p in self.plan.parts if p.number % self.workers_in_all == self.worker]
         total = sum(len(p.rows) for p in self.plan.parts)
         with tqdm(total=total, desc="cines", unit="cine", disable=self.worker > 0) as bar:
+            finished = self.plan.finished()
+            bar.update(sum(len(p.rows) for p in self.plan.parts if p.number in finished))
             for part in mine:
-                if not self.plan.file(part).exists():
-                    self._do(part, bar)
-                bar.n = max(bar.n, sum(len(p.rows) for p in self.plan.finished()))
-                bar.refresh()
-        barrier()
-        if rank() == 0 and len(self.plan.finished()) == len(self.plan.parts):
+                if part.number in finished:
+                    continue
+                self._do(part, bar)
+                others = self.plan.finished() - finished - {part.number}
+                bar.update(sum(len(self.plan.parts[n].rows) for n in others))
+                finished |= {part.number, *others}
+        if self.plan.finished() >= {p.number for p in self.plan.parts}:
             self._bring_together()
-        barrier()
         return self.plan.out
 
     # ---- a part ----------------------------------------------------------------------------
@@ -130,9 +133,12 @@ class ArchiveInference:
         waiting: list[Seen] = []
 
         def flush() -> None:
-            for finding in self.analyst(waiting) if waiting else ():
-                self.studies.keep(finding)
-                rows.append(self._row(finding))
+            for seen, found in self._analyse(waiting):
+                if isinstance(found, Finding):
+                    self.studies.keep(found)
+                    rows.append(self._row(found))
+                else:
+                    bad.append((seen.row["image"], *found))
             waiting.clear()
 
         for row, found in self._read(part.rows):
@@ -149,6 +155,16 @@ class ArchiveInference:
         rows.sort(key=lambda r: order[r["id"]])
         self.plan.write_aside(part, sorted(bad))
         write_parquet(self.plan.file(part), rows, self._columns())
+
+    def _analyse(self, cines: list[Seen]) -> list[tuple[Seen, Finding | tuple[str, str, str]]]:
+        """Findings; a cine that the model fails on is set aside, the others are not."""
+        try:
+            return list(zip(cines, self.analyst(cines) if cines else [], strict=True))
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if len(cines) == 1:
+                reason = f"the model failed on it ({type(error).__name__})"
+                return [(cines[0], ("not analysed", reason, "Report it, leave it out"))]
+            return [pair for seen in cines for pair in self._analyse([seen])]
 
     def _read(self, rows: Sequence[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
         if not self.readers:
@@ -198,11 +214,12 @@ class ArchiveInference:
         write_table(private / "bad_files.csv", ("file", "kind", "reason", "what to do"), bad)
         files = [self.plan.file(p) for p in self.plan.parts]
         count = join_parquet(out / "embeddings.parquet", files)
-        names = [(r["id"], r["image"]) for p in self.plan.parts for r in p.rows]
+        names = ((self.plan.id_of(n), n) for part in self.plan.names for n in part)
         write_table(private / "files.csv", ("id", "file"), names)
-        table = read_table(out / "embeddings.parquet", leave_out=("embedding", "thumbnail"))
-        columns = list(table[0]) if table else ["id"]
-        write_table(out / "results.csv", columns, [tuple(r.values()) for r in table])
+        large = ("embedding", "thumbnail")
+        columns = [c for c in self._columns().names if c not in large]
+        rows = (tuple(r.values()) for f in files for r in read_table(f, leave_out=large))
+        write_table(out / "results.csv", columns, rows)
         if not count:
             first = f"; the first: {shown(bad[0][0])}: {bad[0][2]}" if bad else ""
             raise ValueError(

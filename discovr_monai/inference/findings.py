@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from discovr_monai.inference.model import EchoModel
 from discovr_monai.inference.reading import Seen
 from discovr_monai.training.optim import PrepareClip
 
+EMPTY = 0.05  # share of frames without a cavity that contours may have
 NOTICE = "for research use only, not a medical device"
 
 
@@ -99,7 +101,7 @@ class Analyst:
 
     def _finding(self, seen: Seen, looks: dict[str, Tensor]) -> Finding:
         row = seen.row
-        view = row.get("view") or self.view
+        view = str(row.get("view") or self.view or "") or None
         values: dict[str, Any] = {
             "id": row["id"],
             "patient": seen.patient,
@@ -118,24 +120,26 @@ class Analyst:
             values |= dict.fromkeys(("edv_ml", "esv_ml", "contour_ef", "ed_frame", "es_frame"))
             if reason is None:
                 labels = self._labels(seen)
-                values |= _volumes(labels, seen)
+                lv = self.model.structures[0] == "lv_cavity" and str(view).startswith("A")
+                values |= _volumes(labels, seen) if lv else {}
                 labels = None if values["contours_withheld"] else labels
         return Finding(seen, values, looks["embedding"].numpy(), labels)
 
     def _silence(
         self, kind: str, view: str | None, looks: dict[str, Tensor]
-    ) -> tuple[str | None, float]:
+    ) -> tuple[str | None, float | None]:
         """Why a head may not speak, None if it may; and how unfamiliar the cine is."""
         features = looks[f"{kind}_seen"][None].to(self.device)
-        far = round(float(self.model.unfamiliarity(kind, features)), 4)
+        found = round(float(self.model.unfamiliarity(kind, features)), 4)
+        far = found if math.isfinite(found) else None
         views = self.model.heads[kind]["views"]
         known = " or ".join(views)
         if view is None:
             return f"the view is unknown: the head is for {known} (name it by --view)", far
         if view not in views:
             return f"the view is {view}, the head is for {known}", far
-        if not far <= 1:
-            return f"unlike the cines that the head was trained on ({far:.2f}, up to 1 is)", far
+        if far is None or far > 1:
+            return f"unlike the cines that the head was trained on ({found:.2f} > 1)", far
         return None, far
 
     def _ef(self, view: str | None, looks: dict[str, Tensor]) -> dict[str, Any]:
@@ -175,9 +179,11 @@ def _volumes(labels: np.ndarray, seen: Seen) -> dict[str, Any]:
     """Single-plane Simpson volumes of the first structure over time, ED, ES and EF."""
     spacing = seen.spacing or (1.0, 1.0)
     volumes = np.array([simpson_volume(frame == 1, spacing) for frame in labels])
-    if not volumes.max(initial=0) > 0:
-        return {"contours_withheld": "no cavity was found"}
+    empty = volumes <= 0
+    if empty.mean() > EMPTY:
+        return {"contours_withheld": f"no cavity in {100 * empty.mean():.0f} % of the frames"}
     known = seen.spacing is not None
+    volumes = np.where(empty, np.median(volumes), volumes)  # a lost frame is no end-systole
     high, low = np.percentile(volumes, 95), np.percentile(volumes, 5)
     return {
         "edv_ml": round(float(high), 1) if known else None,

@@ -25,11 +25,12 @@ from discovr_monai.inference.reading import CineReader, Seen
 from discovr_monai.inference.search import nearest_cases
 from discovr_monai.inference.table import read_embeddings, read_table
 from discovr_monai.pages.page import CineView, Nearest, write_study_page
-from discovr_monai.types import DatalistRow
+from discovr_monai.types import CineError, DatalistRow
 from discovr_monai.weights import save_atomic
 
 SHOWN = 256  # pixels per side of a page's frames, at most
 NEAREST = 6
+SHOWN_CINES = 24  # of a study, at most
 
 
 class StudyWriter:
@@ -58,10 +59,17 @@ class StudyWriter:
         self.label_maps, self.overlays, self.pages = label_maps, overlays, pages
 
     def keep(self, finding: Finding) -> None:
-        """Writes a cine's label maps and overlay."""
-        seen, labels = finding.seen, finding.labels
-        if labels is None:
+        """Writes a cine's label maps and overlay; where that fails, the row says so."""
+        if finding.labels is None:
             return
+        try:
+            self._keep(finding, finding.labels)
+        except Exception as error:  # one source's odd header must not end an archive's run
+            reason = error.problem if isinstance(error, CineError) else type(error).__name__
+            finding.values["contours_withheld"] = f"they could not be written ({reason})"
+
+    def _keep(self, finding: Finding, labels: np.ndarray) -> None:
+        seen = finding.seen
         folder, name = self.plan.out / "studies" / seen.study, str(seen.row["id"])
         folder.mkdir(parents=True, exist_ok=True)
         source = self.reader.loader.root / seen.row["image"]
@@ -74,8 +82,9 @@ class StudyWriter:
             if is_dicom(source):
                 private = self.plan.private / "studies" / seen.study
                 private.mkdir(parents=True, exist_ok=True)
+                structures, sha256 = self.model.structures, self.model.sha256
                 finding.values["dicom"] = write_dicom_labels(
-                    private / f"{name}.dcm", full, self.model.structures, source, self.model.sha256
+                    private / f"{name}.dcm", full, structures, source, sha256, name=name
                 )
         if self.overlays:
             frames = np.asarray(seen.cine[0])
@@ -87,29 +96,32 @@ class StudyWriter:
 
     def finish(self) -> int:
         """Pages and JSON of the first studies, once all cines are known; how many."""
+        if not self.pages:
+            return 0
         file = self.plan.out / "embeddings.parquet"
         table = read_table(file, leave_out=("embedding",))
         studies: dict[str, list[dict[str, Any]]] = {}
         for row in table:
             studies.setdefault(row["study"], []).append(row)
         chosen = list(studies.items())[: self.pages]
-        if not chosen:
-            return 0
-        cases = nearest_cases(table, read_embeddings(file), NEAREST)
+        wanted = {row["id"] for _, cines in chosen for row in cines[:SHOWN_CINES]}
+        cases = nearest_cases(table, read_embeddings(file), NEAREST, wanted)
         rows = {r["id"]: r for part in self.plan.parts for r in part.rows}
         for study, cines in tqdm(chosen, desc="pages", unit="study"):
             folder = self.plan.out / "studies" / study
             folder.mkdir(parents=True, exist_ok=True)
             self._json(folder / "results.json", study, cines)
             views = [
-                self._view(found, rows[found["id"]], table, cases[found["id"]]) for found in cines
+                self._view(found, rows.get(found["id"]), table, cases[found["id"]])
+                for found in cines[:SHOWN_CINES]
             ]
-            write_study_page(
-                folder / "page.html",
-                f"Study {study}",
-                [v for v in views if v is not None],
-                facts={"Model": self.model.sha256, "Cines": str(len(cines))},
-            )
+            there = [v for v in views if v is not None]
+            count = str(len(cines))
+            if len(there) < len(cines):
+                count += f", of which {len(there)} are shown"
+            if there:
+                facts = {"Model": self.model.sha256, "Cines": count}
+                write_study_page(folder / "page.html", f"Study {study}", there, facts=facts)
         return len(chosen)
 
     def _json(self, path: Path, study: str, cines: list[dict[str, Any]]) -> None:
@@ -121,22 +133,25 @@ class StudyWriter:
     def _view(
         self,
         found: dict[str, Any],
-        row: DatalistRow,
+        row: DatalistRow | None,
         table: list[dict[str, Any]],
         cases: list[tuple[int, float]],
     ) -> CineView | None:
         """The cine read again, as large as a page shows it; None if it has gone since."""
+        if row is None:
+            return None
         read = self.reader.at(SHOWN)(row)
         if "seen" not in read:
             return None
         seen: Seen = read["seen"]
         scale = max(seen.window[4:6]) / SHOWN
-        ef = (found["ef"], found["ef_low"], found["ef_high"]) if found.get("ef") else None
+        known = found.get("ef") is not None
+        ef = (found["ef"], found["ef_low"], found["ef_high"]) if known else None
         return CineView(
             title=f"Cine {found['id']}",
             frames=np.asarray(seen.cine[0]),
             fps=seen.fps,
-            labels=self._labels(found, seen),
+            labels=None if found.get("contours_withheld") else self._labels(found, seen),
             structures=[s.replace("_", " ") for s in self.model.structures],
             spacing=(scale * seen.spacing[0], scale * seen.spacing[1]) if seen.spacing else None,
             ed=found.get("ed_frame"),

@@ -1,19 +1,24 @@
 """What an archive's inference has to do, cut into parts that do not depend on who does them.
 
-The output folder may be shared, the private one beside it (OUT-private) leads back to the files:
+The output folder names nobody (its pictures show what the cines show), the private one beside it
+(OUT-private) leads back to the files:
 
     OUT/inference.json          what was run: model, settings
     OUT/parts/00003.parquet     finished parts, a row per cine
     OUT/embeddings.parquet      all of them, results.csv without the embeddings
     OUT/studies/STUDY/          label maps, overlays, page.html, results.json
-    OUT-private/cines.json      relative names, in parts
+    OUT-private/cines/0000.json relative names, in parts; a file more for cines that came later
     OUT-private/files.csv       salted id -> relative name
     OUT-private/bad_files.csv   what was set aside, and why
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +62,7 @@ def find_cines(
     if not source.exists():
         raise FileNotFoundError(f"dataset_dir {source.name!r} does not exist. Check --dataset_dir")
     if source.is_file():
+        source = source.resolve()
         return source.parent, [{"image": source.name}]
     own = source / "datalist.json"
     if datalist is None and not own.is_file():
@@ -77,64 +83,103 @@ def find_cines(
 class Plan:
     """The parts of an output folder; cines that came later are parts of their own.
 
+    What a part holds is written once, by whichever worker comes first, and never changes.
+
     Args:
         out: the output folder.
-        rows: all cines now.
-        about: what decides a row: model, settings. Another ``about`` in the folder is refused.
+        root: that the rows' names start from.
+        rows: all cines now; what lies in ``out`` itself is no source.
+        about: what decides a row: model, settings. Another ``about`` in the folder is refused,
+            as are another source and another salt.
         part_size: cines in a part.
 
     Raises:
-        ValueError: if the folder holds another model's rows, or is not ours.
+        ValueError: if the folder holds another model's or source's rows, is not ours, or
+            cines have changed since they were read.
     """
 
     def __init__(
-        self, out: Path, rows: Sequence[DatalistRow], about: Mapping[str, Any], part_size: int
+        self,
+        out: Path,
+        root: Path,
+        rows: Sequence[DatalistRow],
+        about: Mapping[str, Any],
+        part_size: int,
     ) -> None:
         if part_size < 1:
             raise ValueError(f"part_size {part_size} must be at least 1")
         self.out, self.private = out, out.with_name(f"{out.name}-private")
-        salt = load_salt()
-        known = {}
+        self.salt = load_salt()
+        ours = (out.resolve(), self.private.resolve())
+        known: dict[str, DatalistRow] = {}
         for row in rows:
-            name = f"{row['image']}{row.get('first', '')}"
-            known[name] = {**row, "id": salted_id(name, salt)}
-        self._claim(dict(about))
+            place = (root / row["image"]).absolute()
+            if not any(place.is_relative_to(folder) for folder in ours):
+                known[_name(row)] = {**row, "id": self.id_of(_name(row))}  # type: ignore[typeddict-item]
+        where = {
+            "salt": salted_id("inference", self.salt),
+            "source": salted_id(f"source {root.resolve()}", self.salt),
+        }
+        self._claim({**about, **where})
+        stamps = {name: _stamp(root, row) for name, row in known.items()}
         self.parts: list[Part] = []
-        for names in self._generations(list(known), part_size):
+        self.names: list[list[str]] = self._generations(stamps, part_size)
+        for names in self.names:
             there = tuple(known[n] for n in names if n in known)
-            self.parts.append(Part(len(self.parts), there))  # type: ignore[arg-type]
+            self.parts.append(Part(len(self.parts), there))
+
+    def id_of(self, name: str) -> str:
+        """The salted id of a name of the plan."""
+        return salted_id(name.replace("#", ""), self.salt)
 
     def _claim(self, about: dict[str, Any]) -> None:
         file = self.out / "inference.json"
         remedy = "choose another --output_dir, or remove this one"
-        if file.exists():
-            try:
-                found = json.loads(file.read_text())
-            except ValueError:
-                found = None
-            if found != about:
-                differs = next(
-                    (k for k in about if (found or {}).get(k) != about[k]), "another version"
-                )
-                whose = "another model's rows" if differs == "model" else f"another {differs}"
-                raise ValueError(f"the output folder {self.out.name!r} holds {whose}: {remedy}")
+        if not file.exists():
+            there = list(self.out.iterdir()) if self.out.exists() else []
+            if any(not p.name.startswith(".") for p in there) and not file.exists():
+                raise ValueError(f"the output folder {self.out.name!r} is not empty: {remedy}")
+            _publish(file, about)
+        try:
+            found = json.loads(file.read_text())
+        except ValueError:
+            found = {}
+        if found == about:
             return
-        there = list(self.out.iterdir()) if self.out.exists() else []
-        if any(not p.name.startswith(".") for p in there) and not file.exists():
-            raise ValueError(f"the output folder {self.out.name!r} is not empty: {remedy}")
-        _write_json(file, about)
+        differs = next((k for k in about if found.get(k) != about[k]), "another version")
+        why = {
+            "model": "another model's rows",
+            "source": "the rows of another source",
+            "salt": "ids of another salt (set DISCOVR_MONAI_SALT to the same on every machine)",
+        }.get(differs, f"rows of another {differs}")
+        raise ValueError(f"the output folder {self.out.name!r} holds {why}: {remedy}")
 
-    def _generations(self, names: list[str], size: int) -> list[list[str]]:
+    def _generations(self, stamps: dict[str, str], size: int) -> list[list[str]]:
         """Names in parts: those of earlier runs stay what they were."""
-        file = self.private / "cines.json"
-        parts: list[list[str]] = json.loads(file.read_text()) if file.exists() else []
-        seen = {n for part in parts for n in part}
-        new = [n for n in names if n not in seen]
-        parts += [new[i : i + size] for i in range(0, len(new), size)]
-        if new:
-            self.private.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write_json(file, parts)
-        return parts
+        folder = self.private / "cines"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any((self.out / "parts").glob("*.parquet")) and not any(folder.iterdir()):
+            raise ValueError(
+                f"{self.private.name} has gone, without which {self.out.name!r} cannot be gone on "
+                "with: put it back, or choose another --output_dir"
+            )
+        while True:
+            parts: list[dict[str, str]] = []
+            number = 0
+            while (file := folder / f"{number:04}.json").exists():
+                parts += json.loads(file.read_text())
+                number += 1
+            seen = {name: stamp for part in parts for name, stamp in part.items()}
+            changed = sum(stamps.get(name, stamp) != stamp for name, stamp in seen.items())
+            if changed:
+                raise ValueError(
+                    f"{changed} cines have changed since they were read (the files, or what the "
+                    "datalist says of them): choose another --output_dir"
+                )
+            new = [(n, s) for n, s in stamps.items() if n not in seen]
+            if not new:
+                return [list(part) for part in parts]
+            _publish(file, [dict(new[i : i + size]) for i in range(0, len(new), size)])
 
     def file(self, part: Part) -> Path:
         """Where a finished part's rows are."""
@@ -144,13 +189,15 @@ class Plan:
         """Where a part's unusable files are listed."""
         return self.private / "set_aside" / f"{part.number:05}.json"
 
-    def finished(self) -> list[Part]:
-        """Parts whose rows are written."""
-        return [p for p in self.parts if self.file(p).exists()]
+    def finished(self) -> set[int]:
+        """Numbers of the parts whose rows are written."""
+        found = (self.out / "parts").glob("*.parquet")
+        return {int(p.stem) for p in found if p.stem.isdigit()}
 
     def write_aside(self, part: Part, bad: Sequence[tuple[str, str, str, str]]) -> None:
         """Lists a part's unusable files; before its rows, which mark it as finished."""
-        _write_json(self.aside(part), list(bad))
+        text = json.dumps(list(bad), indent=1) + "\n"
+        save_atomic(lambda temporary: _write(temporary, text), self.aside(part))
 
     def read_aside(self) -> list[list[str]]:
         """Everything that was set aside: file, kind, reason, what to do."""
@@ -158,9 +205,31 @@ class Plan:
         return [entry for f in files if f.exists() for entry in json.loads(f.read_text())]
 
 
-def _write_json(path: Path, content: Any) -> None:
-    save_atomic(lambda temporary: _dump(temporary, content), path)
+def _name(row: DatalistRow) -> str:
+    """What the plan calls a row: its file, and where it begins in a shard of several."""
+    return f"{row['image']}#{row['first']}" if "first" in row else row["image"]
 
 
-def _dump(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def _stamp(root: Path, row: DatalistRow) -> str:
+    """Changes with the file and with what the datalist says of it."""
+    path = root / row["image"]
+    stat = path.stat() if path.exists() else None
+    size = (stat.st_size, stat.st_mtime_ns) if stat else None
+    text = json.dumps([size, row], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _publish(path: Path, content: Any) -> None:
+    """Writes JSON unless another worker has: the first one counts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        _write(temporary, json.dumps(content, indent=1) + "\n")
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)

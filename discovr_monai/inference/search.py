@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from discovr_monai.inference.table import read_embeddings, read_table
 from discovr_monai.weights import save_atomic
 
 EXACT = 100_000  # rows up to which every distance is computed
+OWN = 200  # of a patient, that are looked past
 
 
 class Neighbours:
@@ -64,18 +65,23 @@ class Neighbours:
 
 
 def nearest_cases(
-    table: Sequence[dict[str, Any]], embeddings: np.ndarray, k: int
+    table: Sequence[dict[str, Any]],
+    embeddings: np.ndarray,
+    k: int,
+    wanted: Container[str],
 ) -> dict[str, list[tuple[int, float]]]:
-    """For each row's id the k nearest rows of other patients: (row, cosine similarity)."""
+    """For each wanted row's id up to k nearest rows of other patients: (row, similarity)."""
     search = Neighbours(embeddings)
     counts: dict[str, int] = {}
     for row in table:
         counts[row["patient"]] = counts.get(row["patient"], 0) + 1
-    spare = max(counts.values())  # one's own cines come first
-    keys, similar = search(embeddings, k + spare)
     out = {}
     for i, row in enumerate(table):
-        pairs = zip(keys[i].tolist(), similar[i].tolist(), strict=True)
+        if row["id"] not in wanted:
+            continue
+        spare = min(counts[row["patient"]], OWN)  # one's own cines come first
+        keys, similar = search(embeddings[i : i + 1], k + spare)
+        pairs = zip(keys[0].tolist(), similar[0].tolist(), strict=True)
         others = [(j, s) for j, s in pairs if table[j]["patient"] != row["patient"]]
         out[row["id"]] = others[:k]
     return out

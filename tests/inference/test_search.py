@@ -46,7 +46,7 @@ def test_the_graph_finds_nearly_all_and_is_kept(points, tmp_path):
 
 def test_cases_are_of_other_patients(points):
     table = [{"id": f"c{i}", "patient": f"p{i // 3}"} for i in range(60)]
-    found = nearest_cases(table, points[:60], 5)
+    found = nearest_cases(table, points[:60], 5, {r["id"] for r in table})
     for i in range(60):
         assert len(found[f"c{i}"]) == 5
         assert not {j // 3 for j, _ in found[f"c{i}"]} & {i // 3}
