@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -13,6 +15,12 @@ from discovr_monai.networks.heads import Decoder, ProjectionHead
 from discovr_monai.networks.vit import VisionTransformer
 
 WIDTH, OUTPUTS, PROTOTYPES = 24, 20, 10
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_home(tmp_path_factory):
+    """One salt for all tests of a process, never the user's own."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
 
 
 def tiny_encoder(tubelet: int = 2, frames: int = 4, **options) -> VisionTransformer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,11 +16,6 @@ TINY = [
     "--head_hidden", "16", "--head_bottleneck", "8", "--num_prototypes", "16", "--epochs", "2",
     "--batch_size", "4", "--warmup_epochs", "1", "--val_interval", "1",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="session", autouse=True)
-def private_home(tmp_path_factory):
-    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="session")
