@@ -66,6 +66,13 @@ def pool_tokens(found: Tensor, grid: Sequence[int]) -> dict[str, Tensor]:
     return {"cls": cls, "mean": tokens.mean((1, 2)), "motion": motion}
 
 
+def pooled(found: Mapping[str, Tensor], pooling: str) -> Tensor:
+    """One of :func:`pool_tokens`' results, or "both": CLS and mean side by side."""
+    if pooling == "both":
+        return torch.cat((found["cls"], found["mean"]), -1)
+    return found[pooling]
+
+
 class FrozenEncoder(Backbone):
     """One branch of a trained network; the image branch looks at each frame by itself.
 

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from discovr_monai.evaluation.features import Section
 from discovr_monai.types import DatalistRow
-from discovr_monai.weights import DESCRIPTION, CheckpointError, describe, save_atomic
+from discovr_monai.weights import (
+    DESCRIPTION,
+    CheckpointError,
+    describe,
+    read_safetensors,
+    save_atomic,
+)
 
 FORMAT = 1
 KINDS = ("ef", "segmentation")
@@ -142,18 +148,14 @@ def read_head(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         CheckpointError: if it is something else.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     remedy = "make it with --save_head in configs/lvef.yaml or segmentation.yaml"
     if not path.is_file():
         raise CheckpointError(f"head {path.name} does not exist: {remedy}")
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            about = json.loads(header["head"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        header, tensors = read_safetensors(path)
+        about = json.loads(header["head"])
+    except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path.name} is not a head, or damaged: {remedy}") from error
     if header.get("format") != str(FORMAT) or about.get("kind") not in KINDS:
         raise CheckpointError(f"{path.name} is a head of another version: {remedy}")
@@ -192,7 +194,7 @@ def bundle_heads(checkpoint: str | Path, heads: Sequence[str | Path], output: st
         if key.split(".")[0] in branches:
             tensors[key] = value.contiguous()
     settings = {**state["about"], "heads": found}
-    if "image_teacher" not in branches:
+    if not any(branch.startswith("image") for branch in branches):
         settings["image"] = None
     tensors[DESCRIPTION] = describe(settings)
     save_atomic(lambda temporary: torch.save(tensors, temporary), Path(output))

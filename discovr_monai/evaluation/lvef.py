@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from discovr_monai.data.dataset import ClipDataset, EpochSampler
-from discovr_monai.evaluation.encoders import PLACES, FrozenEncoder, pool_tokens
+from discovr_monai.evaluation.encoders import PLACES, FrozenEncoder, pool_tokens, pooled
 from discovr_monai.evaluation.features import Features, Section, subset_by_patient
 from discovr_monai.evaluation.fitting import fit, last_blocks, scaled_groups
 from discovr_monai.evaluation.heads import LinearHead, fit_familiarity, views_of, write_head
@@ -88,9 +88,7 @@ class Regressor(nn.Module):
     def forward(self, clip: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B,) values in the labels' unit."""
         found = self.encoder(clip)  # (B, t, 1 + n, d)
-        pooled = pool_tokens(found, self.encoder.grid)
-        both = torch.cat((pooled["cls"], pooled["mean"]), -1)
-        x = {**pooled, "both": both}[self.pooling]
+        x = pooled(pool_tokens(found, self.encoder.grid), self.pooling)
         return self.mean + self.spread * self.head(x)[:, 0]
 
 

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discovr_monai.evaluation.encoders import TRAINED, FrozenEncoder, pool_tokens, read_about
+from discovr_monai.evaluation.encoders import (
+    TRAINED,
+    FrozenEncoder,
+    pool_tokens,
+    pooled,
+    read_about,
+)
 from discovr_monai.evaluation.features import POOLINGS
 from discovr_monai.evaluation.heads import Familiarity, LinearHead, familiar_features
 from discovr_monai.evaluation.segmenter import SegmentationHead, Segmenter
@@ -119,13 +125,6 @@ class EchoModel(nn.Module):
     def segmenter(self) -> Segmenter:
         """Encoder and head for label maps of every frame."""
         return Segmenter(self.encoders[self._of("segmentation")], self.segmentation)
-
-
-def pooled(found: Mapping[str, Tensor], pooling: str) -> Tensor:
-    """One of :func:`pool_tokens`' results, or "both": CLS and mean side by side."""
-    if pooling == "both":
-        return torch.cat((found["cls"], found["mean"]), -1)
-    return found[pooling]
 
 
 def load_model(

@@ -18,6 +18,7 @@ from discovr_monai.data.label_writer import (
 )
 from discovr_monai.data.masks import read_masks, window_masks
 from discovr_monai.evaluation.plots import save_overlay
+from discovr_monai.evaluation.results import write_text
 from discovr_monai.inference.findings import NOTICE, Finding
 from discovr_monai.inference.model import EchoModel
 from discovr_monai.inference.plan import Plan
@@ -127,8 +128,7 @@ class StudyWriter:
     def _json(self, path: Path, study: str, cines: list[dict[str, Any]]) -> None:
         kept = [{k: v for k, v in c.items() if k != "thumbnail"} for c in cines]
         content = {"notice": NOTICE, "model": self.model.sha256, "study": study, "cines": kept}
-        text = json.dumps(content, indent=1) + "\n"
-        save_atomic(lambda temporary: _write_text(temporary, text), path)
+        write_text(path, json.dumps(content, indent=1) + "\n")
 
     def _view(
         self,
@@ -196,7 +196,3 @@ def _case(row: dict[str, Any], similarity: float) -> Nearest:
     thumbnail = np.asarray(Image.open(io.BytesIO(row["thumbnail"])).convert("L"))
     note = f"EF {row['ef']:.0f} %" if row.get("ef") is not None else ""
     return Nearest(f"Cine {row['id']}", similarity, thumbnail, note)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)

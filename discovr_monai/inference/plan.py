@@ -27,8 +27,8 @@ from typing import Any
 from discovr_monai.data.cine import known_name
 from discovr_monai.data.datalist import load_rows, walk
 from discovr_monai.data.privacy import load_salt, salted_id
+from discovr_monai.evaluation.results import write_text
 from discovr_monai.types import DatalistRow
-from discovr_monai.weights import save_atomic
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,7 @@ class Plan:
 
     def write_aside(self, part: Part, bad: Sequence[tuple[str, str, str, str]]) -> None:
         """Lists a part's unusable files; before its rows, which mark it as finished."""
-        text = json.dumps(list(bad), indent=1) + "\n"
-        save_atomic(lambda temporary: _write(temporary, text), self.aside(part))
+        write_text(self.aside(part), json.dumps(list(bad), indent=1) + "\n")
 
     def read_aside(self) -> list[list[str]]:
         """Everything that was set aside: file, kind, reason, what to do."""
@@ -224,12 +223,8 @@ def _publish(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        _write(temporary, json.dumps(content, indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -14,6 +14,7 @@ from discovr_monai.evaluation.heads import (
     views_of,
     write_head,
 )
+from discovr_monai.evaluation.segmenter import SegmentationHead
 from discovr_monai.inference.findings import Analyst
 from discovr_monai.inference.model import load_model
 from discovr_monai.inference.plan import find_cines
@@ -113,6 +114,22 @@ def test_a_head_of_another_checkpoint_is_refused(heads, tmp_path, checkpoint):
     with pytest.raises(CheckpointError, match="two heads for ef"):
         bundle_heads(checkpoint, [heads[0], heads[0]], tmp_path / "model.pt")
     assert not (tmp_path / "model.pt").exists()
+
+
+def test_a_head_of_the_image_student_keeps_its_encoder(checkpoint, tmp_path):
+    from discovr_monai.evaluation.encoders import EvaluatedEncoder
+
+    encoder = EvaluatedEncoder(checkpoint, "image_student")
+    about = {"kind": "segmentation", "checkpoint": encoder.sha256, "branch": "image_student",
+             "head": "linear", "structures": ["lv_cavity"], "views": ["A4C"]}  # fmt: skip
+    width = encoder.module.token_dim
+    parts = {
+        "segmentation": SegmentationHead(width, 2, 1),
+        "segmentation_familiarity": Familiarity(2 * width),
+    }
+    write_head(tmp_path / "head.safetensors", about, parts)
+    bundle_heads(checkpoint, [tmp_path / "head.safetensors"], tmp_path / "model.pt")
+    assert load_model(tmp_path / "model.pt").structures == ["lv_cavity"]
 
 
 def test_a_file_that_is_no_head(tmp_path, heads):
