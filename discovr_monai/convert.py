@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from discovr_monai.files import save_atomic
 from discovr_monai.foreign.layouts import EPSILON, STRIDE, Converted, convert_state
 from discovr_monai.foreign.names import LAYOUTS, Ledger, canonical, detect
 from discovr_monai.foreign.positions import Wanted
@@ -33,7 +34,6 @@ from discovr_monai.weights import (
     is_safetensors,
     read_checkpoint,
     read_safetensors,
-    save_atomic,
     write_weights,
 )
 

@@ -17,7 +17,7 @@ class CineError(ValueError):
         name: file name relative to the data root (never an absolute path).
         problem: what is wrong, with the bad value.
         remedy: what the user can do about it.
-        kind: "unreadable" (broken or unsupported) or "not a cine" (a still, text, ...).
+        kind: "unreadable" (broken or unsupported), "not a cine" (a still, text, ...) or "refused".
     """
 
     def __init__(self, name: str, problem: str, remedy: str, kind: str = "unreadable") -> None:
@@ -155,3 +155,15 @@ class DiscovrOutput:
     global_mask: torch.Tensor | None = None
     video_cls: torch.Tensor | None = None
     image_cls: torch.Tensor | None = None
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+class Stretch(NamedTuple):
+    """Batches of one epoch that the same ranks read."""
+
+    ranks: int
+    batch_size: int  # per rank
+    batches: int  # per rank

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +15,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from discovr_monai.files import save_atomic
 from discovr_monai.networks.discovr import Discovr
 from discovr_monai.networks.heads import Decoder, ProjectionHead
+from discovr_monai.networks.parallel import load_whole
 from discovr_monai.networks.vit import Block, VisionTransformer
+from discovr_monai.sharded import find_sharded, read_state, read_whole
+from discovr_monai.types import CheckpointError
 
 FORMAT = 1
 DESCRIPTION = "description"
 HEADER = "discovr_monai"  # our one entry in a safetensors header: JSON of "format" and "about"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what to do."""
-
-
-def save_atomic(write: Callable[[Path], None], path: Path) -> None:
-    """Writes through ``write(temporary path)``, flushes to disk, then renames to ``path``.
-
-    Raises:
-        OSError: when the disk is full or the folder cannot be written; ``path`` is as before
-            and no temporary file is left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a training checkpoint or a converted file of ours without running pickled code.
+    """Reads a checkpoint (a file, or a sharded folder) or a converted file of ours.
+
+    No pickled code is run.
 
     Returns:
         "format", "about", "network" (tensors under our names); of a training also what it
@@ -61,6 +41,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, empty, truncated, of another format, or holding pickled code.
     """
     path = Path(path)
+    if (folder := find_sharded(path)) is not None:
+        return read_state(folder) | {"network": read_whole(folder, "network.")}
     if not path.is_file():
         raise CheckpointError(
             f"checkpoint {path.name} does not exist: train first, or check --ckpt"
@@ -281,7 +263,7 @@ def load_strict(network: torch.nn.Module, state: Mapping[str, Tensor], source: s
             f"checkpoint {source or 'state'} does not fit the network: {found}. "
             "Use the config that it was trained with"
         )
-    network.load_state_dict(dict(state))
+    load_whole(network, dict(state))
 
 
 def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

@@ -213,7 +213,7 @@ def test_a_network_without_a_cls_token_trains(clip):
 
     torch.manual_seed(0)
     network = tiny_network(video=tiny_encoder(cls_token=False))
-    masks = TubeMasking(2, 0.7, seed=1)(0, slice(0, 3), 3, video_grid=(2, 4, 4),
+    masks = TubeMasking(2, 0.7, seed=1)(0, range(3), video_grid=(2, 4, 4),
                                         image_grid=(1, 4, 4), frames=4, device="cpu")  # fmt: skip
     before = network.video_teacher.norm.bias.clone()
     tiny_objective()(network(clip, *masks), 0)["loss"].backward()

@@ -17,10 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 from discovr_monai.data import adapters
+from discovr_monai.data.cine import file_below
 from discovr_monai.data.datalist import check_all, summary
+from discovr_monai.data.loading import CineLoader
 from discovr_monai.data.privacy import load_salt, salted_id
 from discovr_monai.data.tables import write_table
-from discovr_monai.data.transforms import LoadCined
 from discovr_monai.types import CineError, DatalistRow
 
 FIRST = ("test", "validation", "training", "pretraining")  # who keeps a patient found in two
@@ -149,16 +150,17 @@ def build_datalist(
     rows: list[DatalistRow] = []
     aside: list[CineError] = []
     listed: set[str] = set()
-    base = root.resolve()
     for found in tqdm(module.rows(root, **options), unit="row", disable=not progress):
         if isinstance(found, CineError):
             aside.append(found)
         elif found["image"] in listed:
             aside.append(CineError(found["image"], "it is listed twice", "The first row is kept"))
-        elif not (root / found["image"]).resolve().is_relative_to(base):
-            problem = "it is a link that leads outside the folder"
-            aside.append(CineError(found["image"], problem, "Copy the file", "refused"))
         else:
+            try:
+                file_below(root, found["image"])
+            except CineError as error:
+                aside.append(error)
+                continue
             listed.add(found["image"])
             rows.append(found)
     seen = _look(rows, aside, root, workers, progress) if check else {}
@@ -184,7 +186,7 @@ def _look(
     progress: bool,
 ) -> dict[str, dict[str, Any]]:
     """Decodes all rows; drops the unusable ones from ``rows`` into ``aside``."""
-    seen, loader = {}, LoadCined(root=root)
+    seen, loader = {}, CineLoader(root)
     names = [row["image"] for row in rows]
     verdicts = dict(check_all(names, loader, b"", workers, not progress))
     kept = []

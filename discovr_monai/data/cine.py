@@ -27,6 +27,33 @@ LARGEST, SMALLEST, GROWTH = 2 << 30, 256 << 20, 300
 SIDE = 8192  # pixels
 
 
+def file_below(root: Path, name: str) -> Path:
+    """A name's file below a folder.
+
+    Raises:
+        CineError: if a link leads outside.
+    """
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise CineError(
+            name, "it is a link that leads outside the folder", "Copy the file", "refused"
+        )
+    return path
+
+
+def failure_of(error: Exception) -> tuple[str, str, str]:
+    """(kind, problem, remedy) of a file, whatever reading it raised.
+
+    A reader's own bug must not end a job of thousands: it sets one file aside.
+    """
+    if isinstance(error, CineError):
+        return error.kind, error.problem, error.remedy
+    if isinstance(error, MemoryError):
+        return "unreadable", "it does not fit into memory", "Shorten or shrink it"
+    kind = type(error).__name__
+    return "unreadable", f"reading it failed ({kind})", "Report it, leave it out"
+
+
 def read_cine(path: str | Path, *, name: str | None = None, color: str = "auto") -> Cine:
     """Reads a 2-D cine.
 
@@ -338,7 +365,16 @@ def _read_nifti(path: Path, name: str, color: str) -> Cine:
     if frames.ndim == 4:
         frames = choose_colour(frames, color)
     return Cine(_grey_or_rgb(frames, color), fps, "header" if fps else "unknown",
-                (zooms[1], zooms[0]))  # fmt: skip
+                _millimetres(header, zooms))  # fmt: skip
+
+
+def _millimetres(header: Any, zooms: Sequence[float]) -> tuple[float, float] | None:
+    """(row, column) spacing of a NIfTI; None where it is the header's empty default."""
+    unit = header.get_xyzt_units()[0]
+    if unit == "unknown" and zooms[0] == zooms[1] == 1:
+        return None
+    scale = {"meter": 1e3, "micron": 1e-3}.get(unit, 1.0)
+    return zooms[1] * scale, zooms[0] * scale
 
 
 def check_itk_header(path: Path, name: str) -> None:

@@ -64,7 +64,9 @@ def open_dicom(path: Path, name: str, *, pixels: bool = True) -> Any:
             dataset = pydicom.dcmread(path, stop_before_pixels=not pixels)
             if "SOPClassUID" not in dataset and "Rows" not in dataset:
                 raise ValueError("no image")
-    except (pydicom.errors.InvalidDicomError, EOFError, OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a header that is cut short fails in many ways
         raise CineError(
             name, "it is not valid DICOM (damaged or cut short)", "Export it again from the archive"
         ) from error
@@ -177,6 +179,12 @@ def _inverse(milliseconds: Any) -> float | None:
 
 def _check_is_cine(dataset: Any, name: str) -> None:
     if "PixelData" not in dataset and "FloatPixelData" not in dataset:
+        if _describes_image(dataset):
+            raise CineError(
+                name,
+                "it describes an image but holds no pixels: it may be cut short",
+                "Export it again from the archive",
+            )
         raise CineError(name, "it holds no pixels (a report?)", "Leave it out", "not a cine")
     if _whole(dataset.get("NumberOfFrames")) < 2:
         colour = " with colour Doppler" if dataset.get("UltrasoundColorDataPresent") else ""
@@ -186,6 +194,19 @@ def _check_is_cine(dataset: Any, name: str) -> None:
             "Only cines of 2 or more frames train",
             "not a cine",
         )
+
+
+def _describes_image(dataset: Any) -> bool:
+    """Whether pixels belong to it, by its class or its size."""
+    from pydicom.config import disable_value_validation
+    from pydicom.uid import UID
+
+    meta = getattr(dataset, "file_meta", {})  # in front, where less is cut off
+    with disable_value_validation():  # a UID that is cut short is no news
+        classes = (dataset.get("SOPClassUID"), meta.get("MediaStorageSOPClassUID"))
+        names = [UID(str(c or "")).name for c in classes]
+    known = any("Image Storage" in n or n == "Enhanced US Volume Storage" for n in names)
+    return known or "Rows" in dataset
 
 
 def _pixels(dataset: Any) -> np.ndarray:

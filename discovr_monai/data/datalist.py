@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from discovr_monai.data.cine import failure_of, file_below
+from discovr_monai.data.loading import CineLoader
 from discovr_monai.data.privacy import load_salt, salted_id
 from discovr_monai.data.tables import shown, write_table
 from discovr_monai.data.workers import run_isolated
 from discovr_monai.distributed import barrier, rank
 from discovr_monai.types import CineError, DatalistRow
-
-if TYPE_CHECKING:
-    from discovr_monai.data.transforms import LoadCined
 
 OURS = {"bad_files.csv", "datalist.json", "phantom.json"}  # never scanned as data
 
@@ -38,6 +38,12 @@ class Datalist:
     sections: dict[str, list[DatalistRow]]
     set_aside: int = 0
     report: Path | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """8 digits that change with which cines are in which section; salted, as their ids are."""
+        content = json.dumps({n: [r["id"] for r in rows] for n, rows in self.sections.items()})
+        return hashlib.sha256(content.encode()).hexdigest()[:8]
 
     def rows(self, section: str, *, normal_only: bool = False) -> list[DatalistRow]:
         """A section's rows, without those labelled abnormal if ``normal_only``.
@@ -75,7 +81,7 @@ def load_datalist(
     dataset_dir: str | Path,
     datalist: str | Path | None = None,
     *,
-    loader: LoadCined,
+    loader: CineLoader,
     output_dir: str | Path,
     val_fraction: float = 0.1,
     seed: int = 0,
@@ -157,20 +163,54 @@ def load_rows(path: Path, root: Path, *, must_exist: bool = True) -> dict[str, l
             f"datalist {path.name!r} is not a Decathlon-style JSON: it needs lists of rows with "
             f'an "image" each, such as {{"training": [{{"image": "a.avi"}}]}} ({error})'
         ) from error
-    resolved = root.resolve()
-    for name in dict.fromkeys(names):
-        if Path(name).is_absolute() or not (root / name).resolve().is_relative_to(resolved):
+    missing = []
+    for name, below, there in _look_up(root, dict.fromkeys(names)):
+        if not below:
             raise ValueError(
                 f"datalist {path.name!r} points outside the data folder ({Path(name).name!r}): "
                 "use paths relative to dataset_dir"
             )
-    missing = [n for n in dict.fromkeys(names) if must_exist and not (root / n).exists()]
-    if missing:
+        if not there:
+            missing.append(name)
+    if missing and must_exist:
         raise ValueError(
             f"{len(missing)} of {len(names)} files of datalist {path.name!r} do not exist, the "
             f"first is {missing[0]!r}. Check --dataset_dir, or leave these rows out"
         )
     return sections
+
+
+def _look_up(root: Path, names: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
+    """(name, whether it lies below root, whether it is there) of every file.
+
+    A folder is listed once, instead of asking the disk (often a far one) for each of its files;
+    links, and what no list shows, are asked for.
+    """
+    resolved = root.resolve()
+    listed: dict[str, set[str]] = {}
+    for name in names:
+        folder, file = os.path.split(name)
+        if folder not in listed:
+            absolute = Path(folder).is_absolute()
+            listed[folder] = set() if absolute else _plain_files(root / folder, resolved)
+        if file in listed[folder]:
+            yield name, True, True
+            continue
+        path = root / name
+        below = not Path(name).is_absolute() and path.resolve().is_relative_to(resolved)
+        yield name, below, below and path.exists()
+
+
+def _plain_files(folder: Path, top: Path) -> set[str]:
+    """What a folder holds but links; nothing where it lies outside ``top`` or cannot be listed."""
+    folder = folder.resolve()
+    if not folder.is_relative_to(top):
+        return set()
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if not entry.is_symlink()}
+    except OSError:
+        return set()
 
 
 # ---- scanning ----------------------------------------------------------------------------
@@ -179,7 +219,7 @@ def load_rows(path: Path, root: Path, *, must_exist: bool = True) -> dict[str, l
 def scan_folder(
     root: Path,
     *,
-    loader: LoadCined,
+    loader: CineLoader,
     output_dir: Path,
     val_fraction: float = 0.1,
     seed: int = 0,
@@ -202,13 +242,14 @@ def scan_folder(
     salt = load_salt()
     wanted = f"{loader.size}|{loader.sector}|{loader.color}"
     stamps = {name: [*_stamp(root / name), wanted] for name in files}
-    todo = [n for n in files if known.get(n, {}).get("stamp") != stamps[n]]
-    found = {n: known[n] for n in files if n not in set(todo)}
+    found = {n: known[n] for n in files if known.get(n, {}).get("stamp") == stamps[n]}
+    todo = [n for n in files if n not in found]
     for name, verdict in check_all(todo, loader, salt, workers, quiet):
         verdict.pop("seen", None)
         found[name] = {**verdict, "stamp": stamps[name]}
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _write_json(index, found)
+    if found != known:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _write_json(index, found)
     rows = [found[n]["row"] for n in files if "row" in found[n]]
     bad = [(n, *found[n]["bad"]) for n in files if "bad" in found[n]]
     report = output_dir / "bad_files.csv" if bad else None
@@ -265,22 +306,16 @@ def _load_index(index: Path) -> dict[str, Any]:
         return {}
 
 
-def check_file(name: str, loader: LoadCined, salt: bytes) -> dict[str, Any]:
+def check_file(name: str, loader: CineLoader, salt: bytes) -> dict[str, Any]:
     """{"row": ..., "seen": ...} for a usable cine, {"bad": (kind, problem, remedy)} for another.
 
     "seen" is what a report shows: the file's size, a thumbnail and a perceptual hash.
     """
-    if not (loader.root / name).resolve().is_relative_to(loader.root.resolve()):
-        return {"bad": ("refused", "it is a link that leads outside the folder", "Copy the file")}
     try:
+        file_below(loader.root, name)
         found = loader.load(name)
-    except CineError as error:
-        return {"bad": (error.kind, error.problem, error.remedy)}
-    except MemoryError:
-        return {"bad": ("unreadable", "it does not fit into memory", "Shorten or shrink it")}
-    except Exception as error:  # a reader's own bug must not end a scan of thousands
-        kind = type(error).__name__
-        return {"bad": ("unreadable", f"reading it failed ({kind})", "Report it, leave it out")}
+    except Exception as error:
+        return {"bad": failure_of(error)}
     row: dict[str, Any] = {"image": name, "num_frames": len(found.frames)}
     row["patient"] = salted_id(patient_of(loader.root / name) or f"file {name}", salt)
     if found.fps:
@@ -330,9 +365,28 @@ def owners_of(path: Path) -> tuple[str | None, str | None]:
     return f"patient {patient}" if patient else None, f"study {study}" if study else None
 
 
+def salted_owners(row: DatalistRow, root: Path, identity: str, salt: bytes) -> tuple[str, str]:
+    """Salted patient and study of a cine: the datalist's, else its DICOM header's.
+
+    Without either, a file is a patient of its own, and a study is a patient's, or a folder's.
+
+    Args:
+        identity: of the file, for one that is alone.
+    """
+    path = root / row["image"]
+    patient, study = owners_of(path)
+    owner = row.get("patient") or patient
+    folder = path.parent.relative_to(root)
+    there = f"folder {folder}" if folder.parts else f"file {identity}"
+    return (
+        salted_id(str(owner or f"file {identity}"), salt),
+        salted_id(str(row.get("study") or study or owner or there), salt),
+    )
+
+
 def check_all(
     names: Sequence[str],
-    loader: LoadCined,
+    loader: CineLoader,
     salt: bytes,
     workers: int | None = None,
     quiet: bool = False,
@@ -346,7 +400,9 @@ def check_all(
                 yield name, check_file(name, loader, salt)
                 bar.update()
             return
-        check = partial(check_file, loader=loader, salt=salt)
+        # a LoadCined would make each process import MONAI, seconds before its first file
+        plain = CineLoader(loader.root, loader.store, loader.size, loader.sector, loader.color)
+        check = partial(check_file, loader=plain, salt=salt)
         for name, verdict, failure in run_isolated(check, names, workers=workers):
             yield name, verdict if failure is None else {"bad": failure}
             bar.update()

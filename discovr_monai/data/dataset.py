@@ -12,6 +12,8 @@ from monai.data import Dataset
 from monai.transforms import Compose, Randomizable
 from torch.utils.data import Sampler
 
+from discovr_monai.types import Stretch
+
 
 class ClipDataset(Dataset):
     """Rows through transforms whose randomness is a function of (seed, epoch, index).
@@ -54,11 +56,11 @@ class EpochSampler(Sampler):
 
     Batch b of all ranks together holds the same clips as batch b of one process with the
     global batch size; each rank takes its contiguous part. The last, smaller batch is dropped.
+    What an epoch begun by another number of ranks has left is shared out anew.
 
     With ``window`` the order keeps to few files at a time: the shards are shuffled and every
     rank gets its own contiguous part of them (at most one shard is read by two ranks); each
-    shuffles its rows among ``window`` shards. Batches then depend on the number of ranks, and
-    what a resumed epoch has left is shared out anew among however many there are.
+    shuffles its rows among ``window`` shards. Batches then depend on the number of ranks.
 
     Args:
         length: rows.
@@ -92,7 +94,7 @@ class EpochSampler(Sampler):
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
-        self.earlier = world_size
+        self.earlier: tuple[Stretch, ...] = ()
 
     @property
     def batches(self) -> int:
@@ -103,14 +105,19 @@ class EpochSampler(Sampler):
         """The epoch that the next iteration is of, from 0."""
         self.epoch = epoch
 
-    def set_position(self, batches: int, world_size: int | None = None) -> None:
-        """How many batches of the epoch are done already.
+    def set_position(self, batches: int, earlier: Sequence[Stretch] = ()) -> None:
+        """What of the epoch is done already.
 
         Args:
-            batches: per rank.
-            world_size: how many ranks did them, if it was another number; with ``window`` only.
+            batches: per rank, by as many ranks as now.
+            earlier: what others had done before them, in order.
         """
-        self.position, self.earlier = batches, world_size or self.world_size
+        self.position, self.earlier = batches, tuple(earlier)
+
+    @property
+    def left(self) -> int:
+        """Full global batches that the earlier ranks have left of the epoch."""
+        return len(self._rest()) // (self.batch_size * self.world_size)
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
@@ -118,13 +125,13 @@ class EpochSampler(Sampler):
     def _generator(self, *more: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch, *more]))
 
-    def _whole_order(self) -> torch.Tensor:
+    def _whole_order(self) -> np.ndarray:
         order = torch.arange(self.length)
         if self.shuffle:
             words = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
             order = torch.randperm(self.length, generator=generator)
-        return order
+        return order.numpy()
 
     def _by_shard(self) -> np.ndarray:
         """All rows, those of a shard together, the shards shuffled."""
@@ -145,26 +152,69 @@ class EpochSampler(Sampler):
         ]
         return np.concatenate(parts)
 
-    def parts(self, rows: np.ndarray, world_size: int) -> list[np.ndarray]:
-        """What each of ``world_size`` ranks reads of ``rows`` (by shard), in its order."""
-        count = len(rows) // (self.batch_size * world_size) * self.batch_size
-        return [self._mixed(rows[r * count : (r + 1) * count]) for r in range(world_size)]
+    def parts(self, rows: np.ndarray, ranks: int, batch_size: int) -> list[np.ndarray]:
+        """What each of so many ranks reads of ``rows`` (by shard), in its order."""
+        count = len(rows) // (batch_size * ranks) * batch_size
+        return [self._mixed(rows[r * count : (r + 1) * count]) for r in range(ranks)]
 
-    def _part(self) -> np.ndarray:
-        """What this rank still has to read of the epoch."""
-        rows, done = self._by_shard(), self.position * self.batch_size
-        if self.earlier == self.world_size:
-            return self.parts(rows, self.world_size)[self.rank][done:]
-        read = np.concatenate([part[:done] for part in self.parts(rows, self.earlier)])
-        return self.parts(rows[~np.isin(rows, read)], self.world_size)[self.rank]
+    def _rest(self) -> np.ndarray:
+        """Rows that the earlier ranks have left, in the order of the epoch."""
+        if not self.window:
+            done = sum(s.ranks * s.batch_size * s.batches for s in self.earlier)
+            return self._whole_order()[done:]
+        rows = self._by_shard()
+        for ranks, batch_size, batches in self.earlier:
+            parts = self.parts(rows, ranks, batch_size)
+            read = np.concatenate([part[: batches * batch_size] for part in parts])
+            rows = rows[~np.isin(rows, read)]
+        return rows
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        rest, total = self._rest(), self.batch_size * self.world_size
         if self.window:
-            for index in self._part().tolist():
-                yield self.epoch, index
-            return
-        order, total = self._whole_order(), self.batch_size * self.world_size
-        for batch in range(self.position, self.batches):
-            first = batch * total + self.rank * self.batch_size
-            for index in order[first : first + self.batch_size].tolist():
-                yield self.epoch, index
+            own = self.parts(rest, self.world_size, self.batch_size)[self.rank]
+        else:
+            mine = rest[: len(rest) // total * total].reshape(-1, self.world_size, self.batch_size)
+            own = mine[:, self.rank].flatten()
+        for index in own[self.position * self.batch_size :].tolist():
+            yield self.epoch, index
+
+
+class SharedBatches(Sampler):
+    """One pass in order, as batches of indices: ranks share the whole global batches.
+
+    What is left, fewer clips than a global batch, every rank takes alike. So ranks make equally
+    many batches, as collective calls want it.
+
+    Args:
+        length: rows.
+        batch_size: per rank.
+        rank, world_size: this process's.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        self.length, self.batch_size, self.rank, self.world_size = (
+            length,
+            batch_size,
+            rank,
+            world_size,
+        )
+
+    @property
+    def shared(self) -> int:
+        """Batches that the ranks share: the first ones."""
+        return self.length // (self.batch_size * self.world_size)
+
+    def __len__(self) -> int:
+        left = self.length - self.shared * self.batch_size * self.world_size
+        return self.shared - (-left // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size, total = self.batch_size, self.batch_size * self.world_size
+        for batch in range(self.shared):
+            first = batch * total + self.rank * size
+            yield list(range(first, first + size))
+        for first in range(self.shared * total, self.length, size):
+            yield list(range(first, min(first + size, self.length)))

@@ -37,7 +37,7 @@ def write_dicom(
     Args:
         path: written under a temporary name and renamed.
         frames: (T, H, W) or (T, H, W, 3) uint8.
-        fps: frames per second.
+        fps: frames per second; None: unknown, or a still.
         spacing: (row, column) mm; region: (x0, y0, x1, y1) of the 2-D tissue, inclusive.
         uids: "study", "series", "instance"; new ones where missing.
         tags: more elements by keyword.
@@ -68,6 +68,8 @@ def write_dicom(
                  "Manufacturer"):  # fmt: skip
         setattr(dataset, name, "")  # type 2: present, empty
     dataset.SeriesNumber = dataset.InstanceNumber = 1
+    dataset.BodyPartExamined = "HEART"  # which is no paired part, so there is no Laterality
+    dataset.PatientOrientation = None  # unknown: the probe is held by hand
     colour = frames.ndim == 4
     dataset.NumberOfFrames, dataset.Rows, dataset.Columns = frames.shape[:3]
     dataset.SamplesPerPixel = 3 if colour else 1
@@ -77,19 +79,20 @@ def write_dicom(
     dataset.UltrasoundColorDataPresent = int(colour)
     dataset.BitsAllocated = dataset.BitsStored = 8
     dataset.HighBit, dataset.PixelRepresentation = 7, 0
+    # ultrasound must have one; 0 says that there is none (PS3.3 C.7.6.6.1.2)
+    dataset.FrameTime = f"{1000 / fps:.6f}"[:16] if fps else "0"
+    dataset.FrameIncrementPointer = 0x00181063
     if fps:
-        dataset.FrameTime = f"{1000 / fps:.6f}"[:16]
         dataset.CineRate = dataset.RecommendedDisplayFrameRate = max(1, round(fps))
-        dataset.FrameIncrementPointer = 0x00181063
     if spacing is not None or region is not None:
         item = Dataset()
         x0, y0, x1, y1 = region or (0, 0, frames.shape[2] - 1, frames.shape[1] - 1)
         item.RegionSpatialFormat, item.RegionDataType, item.RegionFlags = 1, 1, 0
         item.RegionLocationMinX0, item.RegionLocationMinY0 = int(x0), int(y0)
         item.RegionLocationMaxX1, item.RegionLocationMaxY1 = int(x1), int(y1)
-        if spacing is not None:
-            item.PhysicalUnitsXDirection = item.PhysicalUnitsYDirection = 3
-            item.PhysicalDeltaX, item.PhysicalDeltaY = spacing[1] / 10, spacing[0] / 10
+        unit, row, column = (0, 1.0, 1.0) if spacing is None else (3, *(v / 10 for v in spacing))
+        item.PhysicalUnitsXDirection = item.PhysicalUnitsYDirection = unit  # none, or cm
+        item.PhysicalDeltaX, item.PhysicalDeltaY = column, row
         dataset.SequenceOfUltrasoundRegions = Sequence([item])
     for name, value in (tags or {}).items():
         setattr(dataset, name, value)

@@ -10,13 +10,13 @@ from scipy import ndimage
 from discovr_monai.data.cine_dicom import frame_rate
 from discovr_monai.data.label_dicom import (
     MAKER,
-    NOTICE,
     clean_text,
     new_dataset,
     open_source,
     quiet,
     save_dataset,
 )
+from discovr_monai.notice import NOTICE
 
 OUTLINES = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167),
             (213, 94, 0))  # RGB by label, apart for colour-blind eyes  # fmt: skip

@@ -21,9 +21,9 @@ from discovr_monai import __version__
 from discovr_monai.data.cine import is_dicom
 from discovr_monai.data.cine_dicom import open_dicom
 from discovr_monai.data.dicom_writer import ROOT
+from discovr_monai.notice import NOTICE
 from discovr_monai.types import CineError
 
-NOTICE = "RESEARCH USE ONLY, not a medical device"
 MAKER = "discovr-monai"
 # SNOMED CT by the names that heads give their structures (meanings as in PS3.16, CID 7151 and
 # 12305). SNOMED's left ventricle is what is used for its cavity: PS3.16 has no code of that.
@@ -82,6 +82,7 @@ def write_dicom_segmentation(
     model: str,
     *,
     name: str | None = None,
+    corrected: bool = False,
 ) -> None:
     """Writes a BINARY DICOM Segmentation of a cine, one segment per structure.
 
@@ -101,6 +102,7 @@ def write_dicom_segmentation(
         source: the cine's DICOM file.
         model: a hash or name of what made the labels.
         name: what errors call the source; its file name if None.
+        corrected: a person drew or corrected them: SEMIAUTOMATIC, else AUTOMATIC.
 
     Raises:
         CineError: no DICOM, nothing to refer to (:func:`obstacle`), another size, or no label
@@ -128,6 +130,8 @@ def write_dicom_segmentation(
             for t in np.flatnonzero((labels == number).any((1, 2)))
         ]
         dataset = _describe(found, labels, structures, model)
+        for segment in dataset.SegmentSequence if corrected else ():
+            segment.SegmentAlgorithmType = "SEMIAUTOMATIC"
         _add_frames(dataset, found, stored, frames)
         # one bit per pixel and no padding between frames: any eight of them fill whole bytes
         eights = (stored[i : i + 8] for i in range(0, len(stored), 8))

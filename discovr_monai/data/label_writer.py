@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from discovr_monai.data.label_dicom import (
     refuse_overwriting,
     write_dicom_segmentation,
 )
+from discovr_monai.files import save_atomic
+from discovr_monai.notice import NOTICE
 from discovr_monai.types import CineError
 
-NOTICE = "research use only, not a medical device"
 # Where a NIfTI file says which voxel lies where; all else in a header may name a patient.
 GEOMETRY = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c",
             "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y",
@@ -119,26 +119,29 @@ def write_nifti_labels(
         refuse_overwriting(like, name or like.name, path)
         voxels = _place_like(voxels, header, like, name or like.name)
     else:
-        row, column = spacing or (1.0, 1.0)
-        step = 1 / fps if fps else 1.0
         header.set_data_shape(voxels.shape)
-        affine = np.diag([-column, -row, step, 1.0])
-        header.set_qform(affine, "aligned")
-        header.set_sform(affine, "aligned")
-        header.set_xyzt_units("mm" if spacing else "unknown", "sec" if fps else "unknown")
+        place_anywhere(header, spacing, fps)
     header.set_data_dtype(np.uint8)
     header.set_intent("label", allow_unknown=False)
     header["descrip"] = NOTICE.encode()
     content = nibabel.Nifti1Image(voxels, None, header).to_bytes()
     if path.name.lower().endswith(".gz"):
         content = gzip.compress(content, mtime=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_atomic(lambda temporary: Path(temporary).write_bytes(content), path)
+
+
+def place_anywhere(header: Any, spacing: tuple[float, float] | None, fps: float | None) -> None:
+    """Gives a NIfTI header the geometry of a cine that knows no patient's axes.
+
+    Args:
+        header: its shape is set already.
+        spacing, fps: see :func:`write_nifti_labels`.
+    """
+    row, column = spacing or (1.0, 1.0)
+    affine = np.diag([-column, -row, 1 / fps if fps else 1.0, 1.0])
+    header.set_qform(affine, "aligned")
+    header.set_sform(affine, "aligned")
+    header.set_xyzt_units("mm" if spacing else "unknown", "sec" if fps else "unknown")
 
 
 def write_dicom_labels(
@@ -149,13 +152,15 @@ def write_dicom_labels(
     model: str,
     *,
     name: str | None = None,
+    corrected: bool = False,
 ) -> str:
     """A Segmentation where the source can be referred to, else its frames with outlines drawn.
 
     What it writes is as identifying as the source: keep it beside it.
 
     Args:
-        path, labels, structures, source, model, name: see :func:`write_dicom_segmentation`.
+        path, labels, structures, source, model, name, corrected: see
+            :func:`write_dicom_segmentation`.
 
     Returns:
         "segmentation", or "secondary capture: " and what the source lacks for one.
@@ -168,7 +173,9 @@ def write_dicom_labels(
     with quiet():
         why = obstacle(open_source(source, name, path))
     if not why:
-        write_dicom_segmentation(path, labels, structures, source, model, name=name)
+        write_dicom_segmentation(
+            path, labels, structures, source, model, name=name, corrected=corrected
+        )
         return "segmentation"
     check_labels(labels, len(structures))
     refuse_empty(labels, name)

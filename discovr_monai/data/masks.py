@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from discovr_monai.data.cine import check_itk_header
+from discovr_monai.data.cine import check_itk_header, check_size
 from discovr_monai.data.tables import read_table
 from discovr_monai.types import CineError
 
@@ -102,7 +102,9 @@ def _load(root: Path, name: str) -> np.ndarray:
         if name.lower().endswith((".nii", ".nii.gz")):
             import nibabel
 
-            found = np.asarray(nibabel.load(path).dataobj).T  # type: ignore[attr-defined]
+            image: Any = nibabel.load(path)
+            check_size(path, name, (1, 1, 1, image.get_data_dtype().itemsize, *image.shape))
+            found = np.asarray(image.dataobj).T
         elif name.lower().endswith((".mhd", ".mha")):
             import itk
 

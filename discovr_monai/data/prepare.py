@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from discovr_monai.data.cine import read_cine
+from discovr_monai.data.cine import failure_of, file_below, read_cine
 from discovr_monai.data.cine_dicom import open_dicom
 from discovr_monai.data.datalist import split_by_patient, walk
 from discovr_monai.data.dicom_writer import deidentified_tags, salted_uid, write_dicom
@@ -31,6 +31,7 @@ from discovr_monai.data.privacy import load_salt, salted_id
 from discovr_monai.data.sector import prepare_cine, resize_square
 from discovr_monai.data.tables import write_table
 from discovr_monai.data.workers import run_isolated
+from discovr_monai.files import read_journal, write_text
 from discovr_monai.types import CineError, DatalistRow
 
 VERSION = 1
@@ -112,7 +113,7 @@ def prepare(
         files = sorted(walk(source))
         if not files:
             raise ValueError(f"{source.name!r} is empty: there is nothing to prepare")
-        known = _read_journal(private / JOURNAL)
+        known = read_journal(private / JOURNAL)
         done: dict[str, dict[str, Any]] = {}
         todo = []
         for name in files:
@@ -165,12 +166,8 @@ def prepare_file(name: str, settings: Settings) -> dict[str, Any]:
     Returns:
         {"row": datalist row, "about": for the manifest}, or {"bad": (kind, problem, remedy)}.
     """
-    path = settings.source / name
     try:
-        if not path.resolve().is_relative_to(settings.source.resolve()):
-            problem = "it is a link that leads outside the folder"
-            raise CineError(name, problem, "Copy the file", "refused")
-        cine = read_cine(path, name=name)
+        cine = read_cine(file_below(settings.source, name), name=name)
         whole = prepare_cine(cine, None, "auto", color=False, name=name)
         row, about = _describe(name, cine.from_dicom, settings)
         frames = resize_square(whole.frames, settings.size)
@@ -185,15 +182,10 @@ def prepare_file(name: str, settings: Settings) -> dict[str, Any]:
         _save(settings.out / row["image"], frames)
         if settings.dicom:
             _save_dicom(whole, row, settings)
-    except CineError as error:
-        return {"bad": (error.kind, error.problem, error.remedy)}
-    except MemoryError:
-        return {"bad": ("unreadable", "it does not fit into memory", "Shorten or shrink it")}
     except OSError as error:
         return {"stop": f"cannot write ({error.strerror})"}
-    except Exception as error:  # a reader's own bug must not end a job of thousands
-        kind = type(error).__name__
-        return {"bad": ("unreadable", f"reading it failed ({kind})", "Report it, leave it out")}
+    except Exception as error:
+        return {"bad": failure_of(error)}
     return {"row": row, "about": about}
 
 
@@ -302,26 +294,7 @@ def _claim(out: Path, settings: Settings) -> None:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out.name!r} holds other files. Name a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    _write_text(stamp, json.dumps(wanted))
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
-    """Entries by file id; a last line cut short by a kill is left out."""
-    found: dict[str, dict[str, Any]] = {}
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-                found[entry["id"]] = entry
-            except (ValueError, KeyError, TypeError):
-                continue
-    return found
+    write_text(stamp, json.dumps(wanted))
 
 
 def _stamp_of(path: Path) -> list[int]:
@@ -408,7 +381,7 @@ def _finish(
         "prepared": {"size": settings.size, "sector": True},
         **split_by_patient(sorted(kept, key=lambda row: row["image"]), val_fraction, seed),
     }
-    _write_text(out / "datalist.json", json.dumps(content, indent=1))
+    write_text(out / "datalist.json", json.dumps(content, indent=1))
     counts = Counter(problem for _, _, problem, _ in bad)
     counts["kept"] = len(kept)
     return counts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,15 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.sector import prepare_cine
-from discovr_monai.data.store import CineStore, prepared
-from discovr_monai.types import Cine, CineError, PreparedCine
+from discovr_monai.data.loading import CineLoader
+from discovr_monai.data.store import CineStore
+from discovr_monai.types import CineError
 
 PAD_MODES = ("loop", "reflect", "repeat", "zero", "refuse")
 
 
-class LoadCined(MapTransform):
-    """Reads cines, isolates the sector, resizes, through a store if one is given.
+class LoadCined(CineLoader, MapTransform):
+    """:class:`CineLoader` for dictionaries.
 
     Row[key] is a path; it becomes (C, T, H, W) uint8, C = 1 (luma) or 3, lazily
     memory-mapped when it comes from the store. Adds "fps" and "spacing" (the row's own win),
@@ -30,11 +28,7 @@ class LoadCined(MapTransform):
 
     Args:
         keys: "image".
-        root: folder that relative paths start from.
-        store: cache of prepared cines.
-        size: side in pixels, or None.
-        sector: "auto", True or False (see :func:`prepare_cine`).
-        color: three channels instead of luma.
+        root, store, size, sector, color: as there.
 
     Raises:
         CineError: as :func:`read_cine`, naming the file relative to ``root``.
@@ -49,52 +43,8 @@ class LoadCined(MapTransform):
         sector: bool | str = "auto",
         color: bool = False,
     ) -> None:
-        super().__init__(keys)
-        if sector not in (True, False, "auto"):
-            raise ValueError(f"sector_mask {sector!r} must be auto, true or false")
-        self.root = Path(root) if root is not None else Path()
-        self.store, self.size, self.sector, self.color = store, size, sector, color
-
-    def load(self, name: str, first: int | None = None, frames: int | None = None) -> PreparedCine:
-        """One cine, prepared.
-
-        Args:
-            name: its file below the root.
-            first, frames: which frames of a shard of many cines it is; None for the whole file.
-        """
-        path = self.root / name
-        if path.suffix == ".npy":
-            return self._ready(path, name, first, frames)
-
-        def make() -> Cine:
-            cine = read_cine(path, name=name, color="rgb" if self.color else "auto")
-            return prepare_cine(cine, self.size, self.sector, color=self.color, name=name)
-
-        if self.store is None:
-            return prepared(make())
-        preparation = f"{self.size}|{self.sector}|{self.color}"
-        return self.store.get(path, name, preparation, make)
-
-    def _ready(self, path: Path, name: str, first: int | None, frames: int | None) -> PreparedCine:
-        """From discovr-monai prepare or shards: the sector only; no store if the size is right."""
-        cine = read_cine(path, name=name, color="rgb" if self.color else "auto")
-        if first is not None:
-            last = first + (frames or 0)
-            if not 0 <= first < last <= len(cine.frames):
-                raise CineError(
-                    name,
-                    f"frames {first} to {last - 1} are not in this shard of {len(cine.frames)}",
-                    "Make the shards again",
-                )
-            cine = replace(cine, frames=cine.frames[first:last])
-
-        def make() -> Cine:
-            return prepare_cine(cine, self.size, False, color=self.color, name=name)
-
-        if self.store is None or self.size in (None, cine.frames.shape[1]):
-            return prepared(make())
-        part = name if first is None else f"{name}#{first}"
-        return self.store.get(path, part, f"{self.size}|ready|{self.color}", make)
+        MapTransform.__init__(self, keys)
+        CineLoader.__init__(self, root, store, size, sector, color)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """See the class."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 
@@ -67,3 +70,11 @@ def write_dicom(path, pixels, **tags):
         setattr(dataset, name, value)
     dataset.save_as(path, enforce_file_format=True)
     return path
+
+
+def said_by(tool, *files) -> list[str]:
+    """The lines of one of the dicom3tools."""
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} (Debian package dicom3tools) is not installed")
+    done = subprocess.run([tool, *map(str, files)], capture_output=True, timeout=60)
+    return (done.stdout + done.stderr).decode("latin-1").splitlines()

@@ -10,6 +10,7 @@ from discovr_monai.data.augment import AUGMENTATIONS, ultrasound_augmentation
 from discovr_monai.data.dataset import EpochSampler
 from discovr_monai.data.phantom import simulate_cine
 from discovr_monai.data.transforms import SampleClipd
+from discovr_monai.types import Stretch
 
 STRENGTHS = {
     "rotation": 20, "tilt": 20, "depth": 0.3, "gain": 0.2, "speckle": 0.3, "haze": 0.5,
@@ -131,13 +132,32 @@ def test_few_shards_are_open_at_a_time():
     assert len({i // 8 for i in mixed[:8]}) == 2, "not shuffled among the open shards"
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (4, 2), (2, 4), (3, 1)])
-def test_an_epoch_resumes_on_any_number_of_ranks(before, after):
-    done = [i for r in range(before) for i in rows(shard_sampler(before, r))[: 2 * 3]]
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("before", [[1], [2], [4], [3], [4, 2], [1, 3, 2]])
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_an_epoch_resumes_on_any_number_of_ranks_any_number_of_times(before, after, window):
+    done, stretches = [], []
+    for ranks in before:
+        for rank in range(ranks):
+            sampler = shard_sampler(ranks, rank, window)
+            sampler.set_position(0, stretches)
+            done += rows(sampler)[: 2 * 3]  # three batches
+        stretches.append(Stretch(ranks, 2, 3))
     rest = []
     for rank in range(after):
-        sampler = shard_sampler(after, rank)
-        sampler.set_position(3, before)
+        sampler = shard_sampler(after, rank, window)
+        sampler.set_position(0, stretches)
         rest += rows(sampler)
+        assert sampler.left * 2 == len(rows(sampler))
+    assert len(done) == len(set(done)) == sum(before) * 6
     assert not set(done) & set(rest) and len(rest) == len(set(rest))
-    assert len(done) + len(rest) >= 64 - 2 * max(before, after) * 2
+    assert 64 - len(done) - len(rest) < 2 * after
+
+
+def test_the_rest_of_an_epoch_is_read_from_any_position_of_it():
+    sampler = shard_sampler(2, 1, 0)
+    stretches = [Stretch(4, 2, 2), Stretch(1, 2, 1)]
+    sampler.set_position(0, stretches)
+    whole = rows(sampler)
+    sampler.set_position(2, stretches)
+    assert rows(sampler) == whole[4:]

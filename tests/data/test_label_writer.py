@@ -18,6 +18,7 @@ from discovr_monai.data.cine import read_cine
 from discovr_monai.data.label_writer import full_frame_labels, write_nifti_labels
 from discovr_monai.data.masks import read_masks, window_masks
 from discovr_monai.data.sector import prepare_cine
+from discovr_monai.notice import NOTICE
 from discovr_monai.types import Cine, CineError
 from tests.data.conftest import moving_blob
 
@@ -147,9 +148,7 @@ def test_nifti_of_other_cines(tmp_path, suffix):
     assert image.header.get_zooms() == pytest.approx((0.25, 0.4, 0.02))  # x, y, t
     assert image.header.get_xyzt_units() == ("mm", "sec")
     assert image.header.get_intent()[0] == "label"
-    assert bytes(image.header["descrip"]).rstrip(b"\0") == (
-        b"research use only, not a medical device"
-    )
+    assert bytes(image.header["descrip"]).rstrip(b"\0").decode() == NOTICE
     assert np.allclose(image.affine, np.diag([-0.25, -0.4, 0.02, 1]))
     cine = read_cine(path)
     assert cine.spacing == pytest.approx((0.4, 0.25))

@@ -22,7 +22,6 @@ from discovr_monai.data.phantom_layouts import write_layout
 from discovr_monai.data.prepare import prepare, reidentify
 from discovr_monai.data.shards import pack
 from discovr_monai.data.transforms import LoadCined, SampleClipd
-from discovr_monai.data.workers import run_isolated
 from discovr_monai.types import CineError
 
 SECRETS = ("DOE", "JANE", "MRN", "case 1", "IM0000", "HOSPITAL")
@@ -85,7 +84,9 @@ def test_nothing_of_the_patient_crosses_over(done, archive):
             assert secret.encode() not in content and secret not in name, (name, secret)
     for name in ("manifest.encrypted", "journal.jsonl"):
         content = (private / name).read_bytes()
-        assert not any(s.encode() in content for s in SECRETS)
+        # any three letters turn up in a long cipher text, sooner or later
+        secrets = [s for s in SECRETS if len(s) > 3 or name != "manifest.encrypted"]
+        assert not [s for s in secrets if s.encode() in content]
         assert (private / name).stat().st_mode & 0o077 == 0
 
 
@@ -207,26 +208,6 @@ def test_a_changed_file_is_done_again(tmp_path, salt):
     after = everything(tmp_path / "out")
     assert counts["kept"] == 4
     assert sum(before[n] != after[n] for n in before if n.endswith(".npy") and n in after) == 1
-
-
-# ---- isolated workers ----------------------------------------------------------------------
-
-
-def misbehave(job):
-    if job == "crash":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if job == "hang":
-        time.sleep(60)
-    return job * 2
-
-
-def test_a_crash_or_a_hang_costs_one_job():
-    jobs = ["a", "crash", "b", "hang", "c", "crash", "d"]
-    results = list(run_isolated(misbehave, iter(jobs), workers=2, timeout=4))
-    assert sorted(job for job, _, _ in results) == sorted(jobs)
-    assert {job: r for job, r, f in results if f is None} == {j: 2 * j for j in "abcd"}
-    failures = [f[1] for _, _, f in results if f is not None]
-    assert sum("crash" in f for f in failures) == 2 and sum("over 4 s" in f for f in failures) == 1
 
 
 # ---- shards --------------------------------------------------------------------------------

@@ -99,6 +99,17 @@ def test_nifti_and_mhd_time_and_spacing(tmp_path):
     cine = read_cine(tmp_path / "a.nii.gz")
     assert (cine.fps, cine.fps_source) == (pytest.approx(50), "header")
     assert cine.spacing == pytest.approx((0.4, 0.3))
+    for unit, zooms, spacing in (
+        ("unknown", (1, 1), None),  # the empty default
+        ("unknown", (0.3, 0.4), (0.4, 0.3)),
+        ("meter", (3e-4, 4e-4), (0.4, 0.3)),
+        ("micron", (300, 400), (0.4, 0.3)),
+    ):
+        image.header.set_zooms((*zooms, 20.0))
+        image.header.set_xyzt_units(unit, "msec")
+        nibabel.save(image, tmp_path / "b.nii.gz")
+        found = read_cine(tmp_path / "b.nii.gz").spacing
+        assert found == (spacing and pytest.approx(spacing)), unit
     other = itk.image_from_array(moving_blob())
     other.SetSpacing([0.3, 0.4, 0.02])
     itk.imwrite(other, str(tmp_path / "a.mhd"))
@@ -199,6 +210,57 @@ def test_bad_files_are_named_with_a_remedy(tmp_path, kind, message):
         read_cine(broken(tmp_path, kind))
     assert str(tmp_path) not in str(caught.value)
     assert "Smith" not in str(caught.value)
+
+
+SR = "1.2.840.10008.5.1.4.1.1.88.33"  # Comprehensive SR
+VOLUME = "1.2.840.10008.5.1.4.1.1.6.2"  # Enhanced US Volume
+CUT = "a.dcm: it describes an image but holds no pixels: it may be cut short. Export it again"
+
+
+def without_pixels(tmp_path, leave_out=(), **tags):
+    """A DICOM file that ends where the pixels would begin."""
+    path = write_dicom(tmp_path / "a.dcm", moving_blob(), **tags)
+    dataset = pydicom.dcmread(path)
+    for keyword in ("PixelData", *leave_out):
+        del dataset[keyword]
+    dataset.file_meta.MediaStorageSOPClassUID = tags.get("SOPClassUID", "1.2.3.4")
+    dataset.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "tags"),
+    [
+        ((), {}),  # Ultrasound Multi-frame
+        (("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames"), {}),  # cut still earlier
+        (("Rows", "Columns"), {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7.4"}),
+        (("Rows", "Columns"), {"SOPClassUID": VOLUME}),
+        ((), {"SOPClassUID": "1.2.3.4"}),  # of nobody knows which class, but with a size
+        (("SOPClassUID",), {}),
+    ],
+)
+def test_an_image_without_pixels_may_be_cut_short(tmp_path, leave_out, tags):
+    with pytest.raises(CineError, match=CUT) as caught:
+        read_cine(without_pixels(tmp_path, leave_out, **tags))
+    assert caught.value.kind == "unreadable"
+
+
+@pytest.mark.parametrize("uid", [SR, "1.2.840.10008.5.1.4.1.1.104.1", "1.2.3.4"])
+def test_what_is_no_image_is_no_cine(tmp_path, uid):
+    size = ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames")
+    message = r"a.dcm: it holds no pixels \(a report\?\). Leave it out"
+    with pytest.raises(CineError, match=message) as caught:
+        read_cine(without_pixels(tmp_path, size, SOPClassUID=uid))
+    assert caught.value.kind == "not a cine"
+
+
+def test_dicom_cut_anywhere_is_cut_short(tmp_path):
+    whole = write_dicom(tmp_path / "whole.dcm", moving_blob(4, 16, 16)).read_bytes()
+    for end in range(1, len(whole)):
+        (tmp_path / "a.dcm").write_bytes(whole[:end])
+        with pytest.raises(CineError, match="cut short") as caught:
+            read_cine(tmp_path / "a.dcm")
+        assert caught.value.kind == "unreadable"
 
 
 def test_unreadable_permissions(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from monai.transforms import Compose
 
-from discovr_monai.data.dataset import ClipDataset, EpochSampler
+from discovr_monai.data.dataset import ClipDataset, EpochSampler, SharedBatches
 from discovr_monai.data.transforms import RandScaleCropd, SampleClipd, clip_indices
 from discovr_monai.types import CineError
 
@@ -156,3 +156,15 @@ def test_the_sampler_goes_on_where_it_was():
     sampler.set_position(0)
     sampler.set_epoch(1)
     assert [i for _, i in sampler] != [i for _, i in whole]
+
+
+@given(length=st.integers(0, 60), batch=st.integers(1, 5), ranks=st.integers(1, 4))
+def test_ranks_share_a_pass_and_make_equally_many_batches(length, batch, ranks):
+    samplers = [SharedBatches(length, batch, rank=r, world_size=ranks) for r in range(ranks)]
+    found = [list(s) for s in samplers]
+    shared = samplers[0].shared
+    assert {len(f) for f in found} == {len(s) for s in samplers} == {len(found[0])}
+    together = [i for number in range(shared) for f in found for i in f[number]]
+    assert all(f[shared:] == found[0][shared:] for f in found)
+    assert together + [i for b in found[0][shared:] for i in b] == list(range(length))
+    assert sum(map(len, found[0][shared:])) < batch * ranks
