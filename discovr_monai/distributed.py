@@ -31,6 +31,21 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(gradient.clone(memory_format=torch.contiguous_format))
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of ``tensor`` over ranks, through which the gradients of all ranks go back."""
+    return _SumOverRanks.apply(tensor) if is_distributed() else tensor
+
+
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     """Elementwise maximum of ``tensor`` over ranks, in place where distributed."""
     if is_distributed():

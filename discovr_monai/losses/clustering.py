@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovr_monai.losses.distillation import soft_cross_entropy
-from discovr_monai.losses.sinkhorn import sinkhorn
+from discovr_monai.losses.cross_entropy import soft_cross_entropy
+from discovr_monai.losses.sinkhorn import Assignments
 from discovr_monai.types import DiscovrOutput
+
+
+class HardAssignments(Assignments):
+    """The likeliest prototype of each row, as one-hot rows."""
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """(m, K)."""
+        soft = super().__getitem__(rows)
+        return F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
 
 
 class ClusterDistillation(nn.Module):
@@ -19,7 +27,7 @@ class ClusterDistillation(nn.Module):
 
     Args:
         temperature: tau, 0.1.
-        eps, iterations: Sinkhorn's.
+        eps, iterations, chunk: Sinkhorn's (:class:`Assignments`).
         assignments: "soft" (the paper) or "hard" (argmax, the public code).
     """
 
@@ -31,29 +39,24 @@ class ClusterDistillation(nn.Module):
         temperature: float = 0.1,
         eps: float = 0.05,
         iterations: int = 10,
+        chunk: int | None = None,
         assignments: str = "soft",
     ) -> None:
         super().__init__()
         if assignments not in ("soft", "hard"):
             raise ValueError(f"assignments {assignments!r} must be 'soft' or 'hard'")
         self.temperature, self.eps, self.iterations = temperature, eps, iterations
-        self.assignments = assignments
+        self.chunk, self.assignments = chunk, assignments
 
-    @torch.no_grad()
-    def assign(self, scores: Tensor) -> Tensor:
-        """(M, K) scores -> (M, K) assignments, rows sum to 1."""
-        q = sinkhorn(scores, self.eps, self.iterations)
-        if self.assignments == "hard":
-            q = F.one_hot(q.argmax(-1), q.shape[-1]).to(q.dtype)
-        return q
+    def assign(self, scores: Tensor) -> Assignments:
+        """(M, K) scores -> their assignments, which sum to 1 in each row."""
+        kind = HardAssignments if self.assignments == "hard" else Assignments
+        return kind(scores, self.eps, self.iterations, self.chunk)
 
     def forward(self, output: DiscovrOutput, step: int = 0) -> Tensor:
         """Scalar loss, summed over the two directions."""
         assert output.video_scores is not None and output.target_scores is not None
         s_v = output.video_scores.flatten(0, 1)  # (B * N, K)
         s_i = output.target_scores.flatten(0, 1)
-        s_v = s_v.to(torch.promote_types(s_v.dtype, torch.float32))
-        s_i = s_i.to(s_v.dtype)
-        video = soft_cross_entropy(self.assign(s_i), s_v / self.temperature).mean()
-        target = soft_cross_entropy(self.assign(s_v), s_i / self.temperature).mean()
-        return video + target
+        video = soft_cross_entropy(s_v, self.assign(s_i), self.temperature)
+        return video + soft_cross_entropy(s_i, self.assign(s_v), self.temperature)

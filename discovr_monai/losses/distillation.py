@@ -5,14 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from discovr_monai.losses.cross_entropy import soft_cross_entropy
 from discovr_monai.losses.sinkhorn import sinkhorn
 from discovr_monai.schedules import Schedule
 from discovr_monai.types import DiscovrOutput
-
-
-def soft_cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
-    """H(target, softmax(logits)) per row: (..., K), (..., K) -> (...); targets sum to 1."""
-    return -(target * logits.log_softmax(-1)).sum(-1)
 
 
 class SelfDistillation(nn.Module):
@@ -65,6 +61,5 @@ class SelfDistillation(nn.Module):
     def forward(self, output: DiscovrOutput, step: int = 0) -> Tensor:
         """Scalar loss; gradient reaches the student's logits only."""
         logits = getattr(output, f"{self.branch}_logits")  # (V, B, K)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = self.teacher_probabilities(output, step)  # (B, K)
-        return soft_cross_entropy(target, logits / self.student_temperature).mean()
+        return soft_cross_entropy(logits, target, self.student_temperature)

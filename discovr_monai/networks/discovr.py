@@ -88,6 +88,17 @@ class Discovr(nn.Module):
         return self
 
     @property
+    def trained(self) -> dict[str, str]:
+        """Field of the output that takes a gradient back -> the config key of its part."""
+        parts = {
+            "video_logits": ("video_head_def", self.video_head),
+            "image_logits": ("image_head_def", self.image_head),
+            "video_scores": ("network_def#num_prototypes", self.prototypes),
+            "pixels": ("network_def#reconstruct", self.pixel_head),
+        }
+        return {field: key for field, (key, part) in parts.items() if part is not None}
+
+    @property
     def student_frames(self) -> list[int]:
         """Frames of a clip that the image students see."""
         frames = self.video_student.clip_shape[1]
@@ -102,7 +113,11 @@ class Discovr(nn.Module):
         return sorted({*self.student_frames, *scd})
 
     def forward(
-        self, clip: Tensor, video_masks: Tensor, image_masks: Tensor | None = None
+        self,
+        clip: Tensor,
+        video_masks: Tensor,
+        image_masks: Tensor | None = None,
+        teacher_mask: Tensor | None = None,
     ) -> DiscovrOutput:
         """One training pass: every term's inputs, nothing updated.
 
@@ -110,12 +125,13 @@ class Discovr(nn.Module):
             clip: (B, 3, T, H, W), normalised.
             video_masks: (V + 1, B, N) bool, True = masked; the last is the global view.
             image_masks: (V, B * F, n) bool for the F frames of ``student_frames``.
+            teacher_mask: (B, N) bool, True = not shown to the video teacher; None shows it all.
 
         Returns:
             See :class:`DiscovrOutput`.
         """
         out = DiscovrOutput(global_mask=video_masks[-1])
-        views = self._video(clip, video_masks, out)  # (views, B, 1 + n, d)
+        views = self._video(clip, video_masks, teacher_mask, out)  # (views, B, 1 + n, d)
         teacher_tokens = self._image(clip, image_masks, out)
         if self.decoder is not None:
             z_v = self.decoder(views[-1], video_masks[-1])  # (B, N, d)
@@ -129,7 +145,9 @@ class Discovr(nn.Module):
                 out.pixel_targets = self.video_student.patchify(clip)
         return out
 
-    def _video(self, clip: Tensor, masks: Tensor, out: DiscovrOutput) -> Tensor:
+    def _video(
+        self, clip: Tensor, masks: Tensor, teacher_mask: Tensor | None, out: DiscovrOutput
+    ) -> Tensor:
         if self.video_head is None and self.decoder is None:
             return masks.new_empty(0)  # the image branch alone trains
         first = 0 if self.video_head is not None else len(masks) - 1
@@ -137,7 +155,7 @@ class Discovr(nn.Module):
         views = self.video_student(clip, masks[first:last])  # (views, B, 1 + n, d)
         if self.video_head is not None and self.video_teacher_head is not None:
             with torch.no_grad():
-                teacher_cls = self.video_teacher(clip)[:, 0]  # (B, d)
+                teacher_cls = self.video_teacher(clip, teacher_mask)[:, 0]  # (B, d)
                 out.video_teacher_logits = self.video_teacher_head(teacher_cls)
             student_cls = views[: len(masks) - 1, :, 0]  # (V, B, d)
             out.video_logits = self.video_head(student_cls)

@@ -8,6 +8,11 @@ import torch
 from torch import nn
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; another tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def make_teacher(student: nn.Module) -> nn.Module:
     """A frozen copy in evaluation mode."""
     return copy.deepcopy(student).requires_grad_(False).eval()
@@ -17,9 +22,10 @@ def make_teacher(student: nn.Module) -> nn.Module:
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, one fused call.
 
-    Parameters are averaged; buffers are fixed tables and are left as they are.
+    Parameters are averaged; buffers are fixed tables and are left as they are. Teacher and
+    student are sharded alike, so each rank averages its own parts.
     """
-    teachers: list[torch.Tensor] = list(teacher.parameters())
-    students = [p.detach() for p in student.parameters()]
+    teachers = [local(p.detach()) for p in teacher.parameters()]
+    students = [local(p.detach()) for p in student.parameters()]
     if teachers:
         torch._foreach_lerp_(teachers, students, 1.0 - momentum)

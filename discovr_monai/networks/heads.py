@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
-from discovr_monai.distributed import is_distributed, world_size
+from discovr_monai.distributed import sum_over_ranks, world_size
 from discovr_monai.masking import visible_indices
 from discovr_monai.networks.vit import Block, init_weights, sincos_positions
 
@@ -19,12 +18,10 @@ class BatchStandardise(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d), float32."""
-        rows = x.float().flatten(0, -2)  # (rows, d)
-        moments = torch.stack((rows.mean(0), rows.square().mean(0)))  # (2, d)
-        if is_distributed():
-            moments = all_reduce(moments) / world_size()
-        mean, square = moments
+        """(..., d) -> (..., d), float32 (float64 for float64)."""
+        rows = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)  # (rows, d)
+        moments = torch.stack((rows.mean(0), rows.square().mean(0))) / world_size()  # (2, d)
+        mean, square = sum_over_ranks(moments)
         return (x - mean) * (square - mean.square()).clamp_min(0).add(1e-6).rsqrt()
 
 

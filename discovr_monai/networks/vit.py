@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from discovr_monai.masking import visible_indices
 
 SHORT = 256  # tokens; the masked views of the paper have 6 and 161
+AMX = torch.cpu._is_amx_tile_supported()  # asked here: torch.compile cannot trace the question
 
 
 def sincos_positions(length: int, dim: int) -> Tensor:
@@ -34,7 +36,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
-    if torch.cpu._is_amx_tile_supported():
+    if AMX:
         if q.requires_grad and q.shape[-2] <= SHORT:
             weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, n, n)
             return weights.softmax(-1) @ v
@@ -89,7 +91,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block.
+
+    Attributes:
+        recompute: keep a training pass's input only and run the block again in backward: less
+            memory, the same result. Hooks of the block still fire once, those inside it twice.
+    """
+
+    recompute = False
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float, *, qv_bias: bool, norm_eps: float
@@ -102,6 +111,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, d) -> (B, n, d)."""
+        if self.recompute and torch.is_grad_enabled():  # nothing in it is random
+            return checkpoint(self._run, x, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 

@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from torch import Tensor
 
-from discovr_monai.distributed import gather_objects, rank
+from discovr_monai.distributed import all_reduce_max, gather_objects, rank
+from discovr_monai.files import save_atomic
+from discovr_monai.networks.parallel import is_sharded
+from discovr_monai.sharded import find_sharded, read_into, read_state, shapes, write_sharded
 from discovr_monai.training.initial import start_from
 from discovr_monai.training.trainer import DiscovrTrainer, unwrap
 from discovr_monai.weights import (
     FORMAT,
     CheckpointError,
     describe_encoders,
+    differences,
     load_strict,
     read_checkpoint,
-    save_atomic,
 )
 
 
@@ -51,12 +55,48 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
+def sharded_tensors(trainer: DiscovrTrainer) -> dict[str, Tensor]:
+    """This rank's parts of the network and of the optimiser's state, by name."""
+    network = unwrap(trainer.network)
+    found = {f"network.{name}": value for name, value in network.state_dict().items()}
+    for name, parameter in network.named_parameters():
+        for key, value in trainer.optimizer.state.get(parameter, {}).items():
+            found[f"optimizer.{name}.{key}"] = value
+    return found
+
+
+def load_sharded_tensors(trainer: DiscovrTrainer, folder: Path) -> None:
+    """Fills the network and the optimiser's state, however many ranks wrote the folder.
+
+    Raises:
+        ValueError: if names or shapes differ, with the first of each.
+    """
+    network = unwrap(trainer.network)
+    there = shapes(folder)
+    tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
+    of_network = {name: t for name, t in there.items() if name.startswith("network.")}
+    if found := differences(tensors, of_network):
+        raise ValueError(
+            f"checkpoint {folder.name} does not fit the network: {found}. "
+            "Use the config that it was trained with"
+        )
+    for name, parameter in network.named_parameters():
+        for full, like in there.items():
+            prefix, _, key = full.rpartition(".")
+            if prefix == f"optimizer.{name}":
+                whole = like.shape == parameter.shape
+                state = torch.zeros_like(parameter) if whole else parameter.new_zeros(like.shape)
+                trainer.optimizer.state[parameter][key] = tensors[full] = state.detach()
+    read_into(folder, tensors)
+
+
 class Checkpoints:
     """Ignite handler: saves last.pt and best.pt, resumes, and saves on Ctrl-C.
 
     Args:
         output_dir: files are written straight into it.
-        save_every: iterations between saves inside an epoch, 0 for epochs' ends only.
+        save_every: iterations between checkpoints (with accumulation, at the next optimiser
+            step); 0 for one at each epoch's end. The training's end always makes one.
         monitor: (engine) -> a number; the lowest at an epoch's end makes best.pt. None: none.
         resume: "auto" continues last.pt if there is one, "never" starts anew, a path continues
             that file.
@@ -65,6 +105,7 @@ class Checkpoints:
         hint: the command that continues an interrupted training, for the message.
         clip: how clips are sampled and normalised; kept in the checkpoint beside the encoders'
             shapes, so that evaluation needs nothing but the file.
+        training: preset, seed, ...; kept there too, for those who compare checkpoints.
     """
 
     def __init__(
@@ -77,13 +118,15 @@ class Checkpoints:
         init: str | Path | None = None,
         hint: str = "",
         clip: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
     ) -> None:
-        self.clip, self.init = dict(clip or {}), init
+        self.clip, self.init, self.training = dict(clip or {}), init, dict(training or {})
         self.source: dict[str, Any] | None = None  # of the weights that training began with
         self.directory = Path(output_dir)
         self.save_every, self.monitor, self.resume, self.hint = save_every, monitor, resume, hint
         self.best = float("inf")
         self._signalled = 0
+        self._due = False
 
     @property
     def last(self) -> Path:
@@ -97,37 +140,46 @@ class Checkpoints:
             self._begin(engine)
         engine.add_event_handler(Events.STARTED, self._catch_signals)
         if self.save_every:
-            engine.add_event_handler(
-                Events.ITERATION_COMPLETED(every=self.save_every), self._save_last
-            )
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_now_and_then)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_if_signalled)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self._release_signals)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._exception)
 
     def state(self, trainer: DiscovrTrainer) -> dict[str, Any]:
-        """Everything that the next step depends on."""
-        network = unwrap(trainer.network)
-        about = describe_encoders(network, self.clip)
+        """Everything that the next step depends on, beside the tensors and generators."""
+        about = describe_encoders(unwrap(trainer.network), self.clip)
+        about |= {"training": self.training} if self.training else {}
+        about |= {} if self.source is None else {"source": self.source}
         return {
             "format": FORMAT,
-            "about": about if self.source is None else about | {"source": self.source},
-            "network": network.state_dict(),
-            "optimizer": trainer.optimizer.state_dict(),
-            "iteration": trainer.state.iteration,
-            "epoch_length": trainer.state.epoch_length,
+            "about": about,
+            **trainer.position(),
             "skipped": trainer.skipped,
             "skipped_in_a_row": trainer.skipped_in_a_row,
             "best": self.best,
-            "random": gather_objects(random_states()),
         }
 
     def save(self, trainer: DiscovrTrainer, path: Path) -> None:
-        """Writes a checkpoint on rank 0; a full disk is reported and training goes on."""
-        state = self.state(trainer)  # collective: every rank takes part
-        if rank():
-            return
+        """Writes a checkpoint; a full disk is reported and training goes on. Collective.
+
+        A whole network goes into the file ``path`` on rank 0, a sharded one into a folder of its
+        name, by all ranks.
+        """
+        self._due = False
         try:
+            if is_sharded(trainer.network):
+                path = path.with_suffix("")
+                write_sharded(path, sharded_tensors(trainer), self.state(trainer))
+                return
+            random_of_ranks = gather_objects(random_states())
+            if rank():
+                return
+            state = self.state(trainer) | {
+                "network": unwrap(trainer.network).state_dict(),
+                "optimizer": trainer.optimizer.state_dict(),
+                "random": random_of_ranks,
+            }
             save_atomic(lambda temporary: torch.save(state, temporary), path)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as either
             kept = "the previous one is intact" if path.exists() else "there is none yet"
@@ -140,38 +192,48 @@ class Checkpoints:
         """Restores a trainer.
 
         Raises:
-            CheckpointError: if the file does not fit this training.
+            CheckpointError: if the file, or the folder of a sharded training, does not fit.
         """
-        state = read_checkpoint(path)
-        name = Path(path).name
+        path = Path(path)
         try:
-            load_strict(unwrap(trainer.network), state["network"], name)
-            trainer.optimizer.load_state_dict(state["optimizer"])
+            if is_sharded(trainer.network):
+                state = read_state(path)
+                load_sharded_tensors(trainer, path)
+            else:
+                state = read_checkpoint(path)
+                load_strict(unwrap(trainer.network), state["network"], path.name)
+                trainer.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        if state["epoch_length"] != trainer.state.epoch_length:
+        try:
+            trainer.go_on(state)
+        except ValueError as error:
             raise CheckpointError(
-                f"{name} comes from epochs of {state['epoch_length']} batches, this training has "
-                f"{trainer.state.epoch_length}: keep the data, batch_size and number of ranks, or "
-                "start anew with --resume never"
-            )
-        trainer.state.iteration = state["iteration"]
-        trainer.state.epoch = state["iteration"] // state["epoch_length"]
+                f"{path.name} is of another training: {error}. Keep the data, or start anew with "
+                "--resume never"
+            ) from error
         trainer.skipped, trainer.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.best = state["best"]
         self.source = (state.get("about") or {}).get("source")
-        if len(state["random"]) > rank():
-            set_random_states(state["random"][rank()])
+        for states in state.get("random", [])[rank() : rank() + 1]:
+            set_random_states(states)
 
     def _resume(self, trainer: DiscovrTrainer) -> None:
         if self.resume == "never":
             return
-        if self.resume != "auto":
-            self.load(trainer, self.resume)
-        elif self.last.exists():
-            self.load(trainer, self.last)
+        path = self.last if self.resume == "auto" else Path(self.resume)
+        file, folder = path if path.is_file() else None, find_sharded(path.with_suffix(""))
+        mine, other = (folder, file) if is_sharded(trainer.network) else (file, folder)
+        if mine is None and other is not None:
+            raise CheckpointError(
+                f"{other.name} is of a training with strategy {'fsdp' if folder else 'ddp'}: go on "
+                f"with that one, or begin from its weights: --resume never --init {other.name}"
+            )
+        if mine is not None or self.resume != "auto":
+            self.load(trainer, mine or path)
         if trainer.state.iteration and not rank():
-            print(f"Resuming from iteration {trainer.state.iteration} (--resume never starts anew)")
+            epoch, batch = divmod(trainer.state.iteration, trainer.state.epoch_length)
+            print(f"Resuming after {epoch} epochs and {batch} batches (--resume never starts anew)")
 
     def _begin(self, trainer: DiscovrTrainer) -> None:
         assert self.init is not None
@@ -187,15 +249,21 @@ class Checkpoints:
         if self.source and self.source.get("licence"):
             print(f"Licence of these weights: {self.source['licence']}")
 
-    def _save_last(self, trainer: DiscovrTrainer) -> None:
-        self.save(trainer, self.last)
+    def _save_now_and_then(self, trainer: DiscovrTrainer) -> None:
+        self._due = self._due or trainer.state.iteration % self.save_every == 0
+        if self._due and trainer.between_steps:
+            self.save(trainer, self.last)
+            # once more at its end, with what the epoch's end brings
+            self._due = trainer.state.iteration % trainer.state.epoch_length == 0
 
     def _epoch_completed(self, trainer: DiscovrTrainer) -> None:
+        due = self._due or not self.save_every or trainer.state.epoch == trainer.state.max_epochs
         value = self.monitor(trainer) if self.monitor is not None else None
         if value is not None and value < self.best:
             self.best = value
             self.save(trainer, self.directory / "best.pt")
-        self.save(trainer, self.last)
+        if due:
+            self.save(trainer, self.last)
 
     def _catch_signals(self, trainer: DiscovrTrainer) -> None:
         self._previous = {}
@@ -215,7 +283,10 @@ class Checkpoints:
         self._previous = {}
 
     def _stop_if_signalled(self, trainer: DiscovrTrainer) -> None:
-        if not self._signalled:
+        if not trainer.between_steps:
+            return
+        asked = torch.tensor(float(self._signalled), device=trainer.state.device)
+        if not bool(all_reduce_max(asked)):  # ranks hear of it at different steps: stop together
             return
         self.save(trainer, self.last)
         self._release_signals(trainer)

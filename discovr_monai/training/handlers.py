@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,11 +13,19 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from mlflow.entities import Metric, RunTag
 from monai.handlers import MLFlowHandler
 from tqdm import tqdm
 
-from discovr_monai.distributed import rank
-from discovr_monai.tracking import versions
+from discovr_monai.distributed import all_reduce_mean, rank, world_size
+from discovr_monai.networks.parallel import is_sharded
+from discovr_monai.tracking import (
+    TRAININGS,
+    artifacts_place,
+    make_store,
+    save_view,
+    versions,
+)
 from discovr_monai.training.diagnostics import collapse_report
 from discovr_monai.training.trainer import DiscovrTrainer
 
@@ -59,7 +68,8 @@ class ValidationLoss:
     nothing.
 
     Args:
-        dataloader: batches of the validation cines, always the same clips.
+        dataloader: batches of the validation cines, always the same clips, by
+            :class:`SharedBatches`.
         interval: epochs between validations; the last epoch always has one.
     """
 
@@ -77,15 +87,19 @@ class ValidationLoss:
             for name in [m for m in engine.state.metrics if m.startswith("val_")]:
                 del engine.state.metrics[name]  # of an earlier epoch
             return
+        shared = self.dataloader.batch_sampler.shared
         sums: dict[str, float] = {}
-        clips = 0
         for number, batch in enumerate(self.dataloader):
-            losses = engine.evaluate_batch(batch, number)
-            clips += (size := len(batch["image"]))
+            clips = len(batch["image"])
+            mine = number < shared  # the others are every rank's
+            losses = engine.evaluate_batch(batch, number, rank() * clips if mine else 0)
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + size * value
-        for name, value in sums.items():
-            engine.state.metrics[f"val_{name}"] = value / clips
+                sums[name] = sums.get(name, 0.0) + value * clips * (world_size() if mine else 1)
+        total = all_reduce_mean(
+            torch.tensor(list(sums.values()), dtype=torch.float64, device=engine.state.device)
+        )
+        for name, value in zip(sums, total.tolist(), strict=True):
+            engine.state.metrics[f"val_{name}"] = value / len(self.dataloader.dataset)
 
 
 class Progress:
@@ -193,7 +207,11 @@ class Tracking(MLFlowHandler):
         parameters: what to record; paths are refused by the caller, none is added here.
         experiment_name: the experiment.
         every: iterations between records.
+        pause: seconds between writes; figures wait so long in memory, for a write waits for the
+            disk. An epoch's end, the training's and its failure write at once.
     """
+
+    LARGEST = 1000  # figures that MLflow takes in one write
 
     def __init__(
         self,
@@ -202,8 +220,11 @@ class Tracking(MLFlowHandler):
         parameters: Mapping[str, Any] | None = None,
         experiment_name: str = "discovr",
         every: int = 1,
+        pause: float = 5.0,
     ) -> None:
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # not how it makes its tables
+        store = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri  # as MONAI takes it
+        make_store(store)
         super().__init__(
             tracking_uri=tracking_uri,
             experiment_name=experiment_name,
@@ -213,9 +234,12 @@ class Tracking(MLFlowHandler):
             epoch_log=True,
             iteration_logger=self._log_iteration,
             close_on_complete=True,
+            artifact_location=artifacts_place(store),
         )
-        self._clock = time.perf_counter()
+        self.pause = pause
+        self._clock = self._written = time.perf_counter()
         self._clips = 0.0
+        self._waiting: list[Metric] = []
 
     def attach(self, engine: Engine) -> None:
         """Hooks onto the engine's events, on rank 0 only."""
@@ -233,8 +257,11 @@ class Tracking(MLFlowHandler):
 
     def _tag(self, engine: Engine) -> None:
         assert self.cur_run is not None
-        for name, value in versions().items():
-            self.client.set_tag(self.cur_run.info.run_id, name, value)
+        told = {k: str(v) for k, v in self.experiment_param.items() if k in ("preset", "seed")}
+        words = {"kind": "training", **told, **versions()}
+        tags = [RunTag(name, value) for name, value in words.items()]
+        self.client.log_batch(self.cur_run.info.run_id, tags=tags)
+        save_view(self.client, self.cur_run.info.experiment_id, TRAININGS)
 
     def _count(self, engine: Engine) -> None:
         self._clips += figures(engine)["clips"]
@@ -244,11 +271,30 @@ class Tracking(MLFlowHandler):
         rate = self._clips / max(now - self._clock, 1e-9)
         self._clock, self._clips = now, 0.0
         metrics = {k: v for k, v in figures(engine).items() if math.isfinite(v)}
-        self._log_metrics({**metrics, "clips_per_second": rate}, step=engine.state.iteration)
+        self._keep({**metrics, "clips_per_second": rate}, step=engine.state.iteration)
+        if now - self._written >= self.pause:
+            self._write()
 
     def _default_epoch_log(self, engine: Engine) -> None:
-        if engine.state.metrics:
-            self._log_metrics(dict(engine.state.metrics), step=engine.state.epoch)
+        self._keep(engine.state.metrics, step=engine.state.epoch)
+        self._write()
+
+    def _keep(self, metrics: Mapping[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(name, value, now, step) for name, value in metrics.items()]
+
+    def _write(self) -> None:
+        while self.cur_run is not None and self._waiting:
+            self.client.log_batch(self.cur_run.info.run_id, metrics=self._waiting[: self.LARGEST])
+            del self._waiting[: self.LARGEST]
+        self._written = time.perf_counter()
+
+    def close(self) -> None:
+        """Writes what still waits, and ends the run."""
+        try:
+            self._write()
+        finally:
+            super().close()
 
     def _failed(self, engine: Engine, error: BaseException) -> None:
         if self.cur_run is not None:
@@ -275,13 +321,15 @@ class Pictures:
         self.draw, self.every, self.tracking = draw, every, tracking
 
     def attach(self, engine: DiscovrTrainer) -> None:
-        """Hooks onto the engine's events, on rank 0 only."""
+        """Hooks onto the engine's events, on rank 0 only; a sharded network has no pictures."""
         if self.every and not rank():
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
 
     def _epoch_completed(self, engine: DiscovrTrainer) -> None:
         epoch = engine.state.epoch
         if epoch % self.every and epoch != engine.state.max_epochs:
+            return
+        if is_sharded(engine.network):  # asked here: handlers are attached before there is one
             return
         try:
             files = self.draw(engine, epoch)

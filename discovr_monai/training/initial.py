@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from discovr_monai.networks.discovr import Discovr
+from discovr_monai.networks.parallel import load_whole
 from discovr_monai.weights import (
     CheckpointError,
     depth_of,
@@ -57,7 +58,7 @@ def start_from(network: Discovr, path: str | Path) -> tuple[dict[str, Any], str]
             if missing in here and missing not in there and lender in shared:
                 began |= {missing + k.removeprefix(lender): v for k, v in there[lender].items()}
                 copied.append(missing)
-    network.load_state_dict(own | began)
+    load_whole(network, own | began)
     words = [f"Beginning from {name}: {', '.join(shared)}"]
     for title, parts in (
         ("copied from the twin", copied),

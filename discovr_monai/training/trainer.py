@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from discovr_monai.distributed import all_reduce_max, all_reduce_mean, rank, world_size
 from discovr_monai.losses.objective import Objective
 from discovr_monai.masking import TubeMasking
 from discovr_monai.networks.discovr import Discovr
+from discovr_monai.networks.parallel import is_sharded
 from discovr_monai.schedules import Schedule
 from discovr_monai.training.diagnostics import diagnose
-from discovr_monai.types import DiscovrOutput
+from discovr_monai.types import DiscovrOutput, Stretch
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -27,6 +30,18 @@ def unwrap(network: nn.Module) -> Discovr:
     inner = network.module if hasattr(network, "module") else network
     assert isinstance(inner, Discovr)
     return inner
+
+
+def _check_all_trained(network: nn.Module, objective: Objective) -> None:
+    """DistributedDataParallel waits for every gradient: none may be left out."""
+    trained = unwrap(network).trained
+    idle = [field for field in trained if field not in objective.needs]
+    if isinstance(network, DistributedDataParallel) and idle:
+        raise ValueError(
+            f"no term trains what makes {', '.join(idle)}, and several processes would wait for "
+            f"its gradient: leave {', '.join(trained[f] for f in idle)} out (null, 0 or false), or "
+            "give the term a weight"
+        )
 
 
 def _mean_over_ranks(losses: Mapping[str, Tensor]) -> dict[str, float]:
@@ -59,7 +74,8 @@ class DiscovrTrainer(SupervisedTrainer):
         sampler: told the epoch and, on resuming, the position inside it.
 
     Raises:
-        ValueError: for an unknown precision, or no batch in an epoch.
+        ValueError: for an unknown precision, no batch in an epoch, or, on several processes, a
+            part of the network that no term trains.
         FloatingPointError: after ``max_skipped`` non-finite steps, naming the batch's clips.
     """
 
@@ -89,6 +105,7 @@ class DiscovrTrainer(SupervisedTrainer):
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r} must be one of {sorted(PRECISIONS)}")
+        _check_all_trained(network, objective)
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -112,6 +129,8 @@ class DiscovrTrainer(SupervisedTrainer):
         self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
         self.diagnose_every = diagnose_every
         self.sampler = sampler
+        self.first = 0  # batches of this epoch that count as read before this number of ranks
+        self.earlier: list[Stretch] = []  # who read them
         self.parameters = [p for g in optimizer.param_groups for p in g["params"]]
         self.skipped = self.skipped_in_a_row = 0
         self._teacher_logits: dict[str, list[Tensor]] = {}
@@ -130,13 +149,65 @@ class DiscovrTrainer(SupervisedTrainer):
         raise e
 
     def _place_sampler(self) -> None:
+        done = self.state.iteration % self.state.epoch_length
+        if not done:
+            self.first, self.earlier = 0, []
         self.sampler.set_epoch(self.state.epoch - 1)
-        self.sampler.set_position(self.state.iteration % self.state.epoch_length)
+        self.sampler.set_position(done - self.first, self.earlier)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps; the last one of an epoch may hold fewer batches."""
         return math.ceil(self.state.epoch_length / self.accumulation_steps)
+
+    @property
+    def between_steps(self) -> bool:
+        """True where no gradient is half accumulated: what a checkpoint can go on from."""
+        _, micro, group = self._position()
+        return micro == group - 1
+
+    def position(self) -> dict[str, Any]:
+        """How far the training is, and who read the epoch so far; for :meth:`go_on`."""
+        done = self.state.iteration % self.state.epoch_length
+        found: dict[str, Any] = {
+            "iteration": self.state.iteration,
+            "epoch_length": self.state.epoch_length,
+        }
+        if self.sampler is not None:
+            now = Stretch(self.sampler.world_size, self.sampler.batch_size, done - self.first)
+            found["rows"] = self.sampler.length
+            found["stretches"] = [list(s) for s in (*self.earlier, now) if done]
+        return found
+
+    def go_on(self, position: Mapping[str, Any]) -> None:
+        """Takes up a training where these or other ranks left it.
+
+        What other ranks left of their epoch is shared out anew, less than a batch of it may be
+        left out, and iterations are counted as if the ranks had always been these: so schedules
+        go on at the same part of the training.
+
+        Raises:
+            ValueError: where the data are not as many, or cannot be shared out anew.
+        """
+        length, rows = self.state.epoch_length, position.get("rows")
+        if self.sampler is None or rows is None:
+            if position["epoch_length"] != length:
+                raise ValueError(f"its epochs had {position['epoch_length']} batches, not {length}")
+            self.state.iteration = position["iteration"]
+        elif rows != self.sampler.length:
+            raise ValueError(f"it was trained on {rows} clips, these are {self.sampler.length}")
+        else:
+            epoch = position["iteration"] // position["epoch_length"]
+            self.earlier = [Stretch(*s) for s in position["stretches"]]
+            own, done = (self.sampler.world_size, self.sampler.batch_size), 0
+            if self.earlier and self.earlier[-1][:2] == own:
+                done = self.earlier.pop().batches
+            self.sampler.set_epoch(epoch)
+            self.sampler.set_position(done, self.earlier)
+            groups = -(-(length - self.sampler.left) // self.accumulation_steps)
+            self.first = groups * self.accumulation_steps if self.earlier else 0
+            self.state.iteration = epoch * length + min(self.first + done, length)
+        self.state.epoch = self.state.iteration // length
 
     def _position(self) -> tuple[int, int, int]:
         """(optimiser step, index of this batch in its group, batches in the group), from 0."""
@@ -156,9 +227,10 @@ class DiscovrTrainer(SupervisedTrainer):
         lr = self._set_lr(step)
         self.network.train()
         rows = (micro * world_size() + rank()) * len(clip)
-        output = self._forward(self.network, clip, step, rows, len(clip) * world_size() * group)
-        losses = self.loss_function(output, step)
-        self._backward(losses["loss"] / group, last=micro == group - 1)
+        with self._gradients_cross_ranks(micro == group - 1):
+            output = self._forward(self.network, clip, step, rows)
+            losses = self.loss_function(output, step)
+            (losses["loss"] / group).backward()
         self._collect(output)
         result = _mean_over_ranks(losses)
         result.update(lr=lr, momentum=self.teacher_momentum(step), clips=len(clip) * world_size())
@@ -169,16 +241,13 @@ class DiscovrTrainer(SupervisedTrainer):
             result.update(diagnose(output, self.loss_function, step))
         return [result]  # a list, as MONAI's handlers expect of decollated output
 
-    def _forward(
-        self, network: nn.Module, clip: Tensor, step: int, first: int, total: int
-    ) -> DiscovrOutput:
-        """Rows ``first`` on of a global batch of ``total`` clips, under the step's masks."""
+    def _forward(self, network: nn.Module, clip: Tensor, step: int, first: int) -> DiscovrOutput:
+        """Clips that are the rows ``first`` on of a global batch, under the step's masks."""
         inner = unwrap(self.network)
         image = inner.image_student if inner.image_head is not None else None
         masks = self.masking(
             step,
-            slice(first, first + len(clip)),
-            total,
+            range(first, first + len(clip)),
             video_grid=inner.video_student.grid,
             image_grid=image.grid if image is not None else None,
             frames=len(inner.student_frames),
@@ -189,11 +258,13 @@ class DiscovrTrainer(SupervisedTrainer):
             return network(clip, *masks)
 
     @torch.no_grad()
-    def evaluate_batch(self, batch: Mapping[str, Any], number: int) -> dict[str, float]:
-        """Losses of a validation batch under masks that depend on ``number`` only."""
+    def evaluate_batch(
+        self, batch: Mapping[str, Any], number: int, first: int = 0
+    ) -> dict[str, float]:
+        """Losses of a validation batch under the masks of the rows ``first`` on of ``number``."""
         clip = self.prepare_batch(batch, self.state.device, self.non_blocking)
         network = unwrap(self.network).eval()
-        output = self._forward(network, clip, number, 0, len(clip))
+        output = self._forward(network, clip, number, first)
         losses = self.loss_function(output, self._position()[0])
         return {name: float(value) for name, value in losses.items()}
 
@@ -208,13 +279,13 @@ class DiscovrTrainer(SupervisedTrainer):
             return self.state
         return super().run(*args, **kwargs)
 
-    def _backward(self, loss: Tensor, *, last: bool) -> None:
-        """Gradients cross ranks once per optimiser step."""
-        if not last and hasattr(self.network, "no_sync"):
-            with self.network.no_sync():  # type: ignore[operator]
-                loss.backward()
-        else:
-            loss.backward()
+    def _gradients_cross_ranks(self, last: bool) -> AbstractContextManager:
+        """Once per optimiser step. DistributedDataParallel decides in forward already."""
+        if is_sharded(self.network):
+            self.network.set_requires_gradient_sync(last)  # type: ignore[operator]
+        if last or not isinstance(self.network, DistributedDataParallel):
+            return nullcontext()
+        return self.network.no_sync()
 
     def _collect(self, output: DiscovrOutput) -> None:
         for branch, collected in self._teacher_logits.items():
@@ -232,7 +303,8 @@ class DiscovrTrainer(SupervisedTrainer):
     def _optimiser_step(self, step: int, loss: float, batch: Mapping[str, Any]) -> float:
         """Steps optimiser, then teachers and centres; returns the gradients' norm."""
         limit = math.inf if self.gradient_clip is None else self.gradient_clip
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        whole = nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)
         bad = torch.tensor(0.0 if math.isfinite(norm) and math.isfinite(loss) else 1.0)
         if bool(all_reduce_max(bad.to(self.state.device))):
             self._skip(step, loss, norm, batch)

@@ -59,7 +59,7 @@ def test_a_mixed_folder_just_works(trained):
     assert "2 files set aside" in done.stdout
     assert "loss=" in done.stderr
     assert "cluster=" in done.stderr
-    for word in ("Checkpoint:", "last.pt", "mlruns.db", "mlflow ui"):
+    for word in ("Checkpoint:", "last.pt", "mlruns.db", "discovr-monai mlflow"):
         assert word in done.stdout
     report = (out / "bad_files.csv").read_text()
     assert "notes.txt,not a cine,it is text" in report

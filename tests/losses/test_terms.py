@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from discovr_monai.losses import cross_entropy
 from discovr_monai.losses.clustering import ClusterDistillation
-from discovr_monai.losses.distillation import SelfDistillation, soft_cross_entropy
+from discovr_monai.losses.cross_entropy import soft_cross_entropy
+from discovr_monai.losses.distillation import SelfDistillation
 from discovr_monai.losses.objective import Objective
 from discovr_monai.losses.reconstruction import PixelReconstruction
 from discovr_monai.losses.sinkhorn import sinkhorn
@@ -69,10 +71,39 @@ def test_gradient_reaches_the_student_only():
     assert out.video_teacher_logits.grad is None
 
 
+@pytest.mark.parametrize("piece", [1, 40, 10**6])
+@pytest.mark.parametrize("views", [(), (3,)])
+def test_cross_entropy_and_its_gradient_restated(piece, views, monkeypatch):
+    """However few rows are worked on at a time, and whatever multiplies the loss."""
+    monkeypatch.setitem(cross_entropy.PIECE, "cpu", piece)
+    torch.manual_seed(0)
+    logits = torch.randn(*views, 7, 11, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(7, 11, dtype=torch.float64).softmax(-1)
+    found = soft_cross_entropy(logits, target, 0.3)
+    expected = -(target * (logits / 0.3).log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(2.5 * loss, logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+
+
+def test_cross_entropy_keeps_one_array_of_the_logits_type():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        logits = torch.randn(6, 9, dtype=torch.bfloat16, requires_grad=True)
+        loss = soft_cross_entropy(logits, torch.full((6, 9), 1 / 9), 0.1)
+        assert [(t.shape, t.dtype) for t in kept] == [(logits.shape, torch.bfloat16)]
+        with torch.no_grad():
+            again = soft_cross_entropy(logits, torch.full((6, 9), 1 / 9), 0.1)
+    assert len(kept) == 1  # nothing where no gradient is asked for
+    assert float(again) == float(loss)
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("assignments", ["soft", "hard"])
-def test_cluster_distillation_restated(assignments):
+def test_cluster_distillation_restated(assignments, chunk):
     out = random_output()
-    found = ClusterDistillation(assignments=assignments)(out)
+    found = ClusterDistillation(assignments=assignments, chunk=chunk)(out)
     s_v, s_i = (s.detach().flatten(0, 1) for s in (out.video_scores, out.target_scores))
     q_v, q_i = sinkhorn(s_v), sinkhorn(s_i)
     if assignments == "hard":
@@ -88,7 +119,8 @@ def test_assignments_take_no_gradient():
     gradient = torch.autograd.grad(loss, out.video_scores)[0]
     s = out.video_scores.detach().flatten(0, 1).requires_grad_()
     q = sinkhorn(out.target_scores.detach().flatten(0, 1))
-    expected = torch.autograd.grad(soft_cross_entropy(q, s / 0.1).mean(), s)[0]
+    loss = -(q * (s / 0.1).log_softmax(1)).sum(1).mean()
+    expected = torch.autograd.grad(loss, s)[0]
     torch.testing.assert_close(gradient.flatten(0, 1), expected)
 
 

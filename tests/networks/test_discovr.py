@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from discovr_monai.masking import TubeMasking
+from discovr_monai.masking import TubeMasking, token_masks
 from discovr_monai.networks.ema import ema_update, make_teacher
 from tests.conftest import tiny_encoder, tiny_network, tiny_objective
 
@@ -13,8 +13,7 @@ from tests.conftest import tiny_encoder, tiny_network, tiny_objective
 def masks_for(network, batch=3, step=0, views=4):
     return TubeMasking(views, 0.7)(
         step,
-        slice(0, batch),
-        batch,
+        range(batch),
         video_grid=network.video_student.grid,
         image_grid=network.image_student.grid if network.image_head is not None else None,
         frames=len(network.student_frames),
@@ -25,6 +24,20 @@ def gradients(network, loss):
     network.zero_grad(set_to_none=True)
     loss.backward()
     return {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+
+
+def test_a_teacher_that_sees_a_part_changes_its_own_answer_only(network, clip):
+    video, image, _ = masks_for(network)
+    hidden = token_masks(torch.rand(3, 32, generator=torch.Generator().manual_seed(0)), 12)
+    whole = network(clip, video, image)
+    part = network(clip, video, image, hidden)
+    cls = network.video_teacher(clip, hidden)[:, 0]  # of 12 tokens
+    torch.testing.assert_close(part.video_teacher_logits, network.video_teacher_head(cls))
+    assert not torch.equal(part.video_teacher_logits, whole.video_teacher_logits)
+    assert not torch.equal(part.video_cls[-1], whole.video_cls[-1])
+    for name in ("video_logits", "image_logits", "image_teacher_logits", "video_scores",
+                 "target_scores", "image_cls"):  # fmt: skip
+        assert torch.equal(getattr(part, name), getattr(whole, name)), name
 
 
 def test_output_shapes(network, clip):
@@ -97,7 +110,7 @@ def _blank():
 
 def test_decoder_output_is_local_to_its_mask(network, clip):
     """Visible places of the decoder's input carry that place's token."""
-    video_masks, image_masks = masks_for(network)
+    video_masks, image_masks, _ = masks_for(network)
     out = network(clip, video_masks, image_masks)
     swapped = video_masks.clone()
     swapped[-1] = video_masks[0]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from discovr_monai.masking import tube_masks, visible_indices
+from discovr_monai.networks import vit as vit_module
 from discovr_monai.networks.heads import Decoder
 from discovr_monai.networks.vit import SHORT, VisionTransformer, attend, sincos_positions
 from tests.conftest import tiny_encoder
@@ -76,7 +77,7 @@ def test_a_block_restated_in_float64(qv_bias):
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("tokens", [6, SHORT, SHORT + 1])
 def test_every_way_of_bf16_attention_is_the_formula(monkeypatch, tokens, amx, gradient):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(vit_module, "AMX", amx)
     generator = torch.Generator().manual_seed(tokens)
     q, k, v = (torch.randn(2, 3, tokens, 16, generator=generator).bfloat16() for _ in range(3))
     narrow = [x.clone().requires_grad_(gradient) for x in (q, k, v)]
@@ -99,7 +100,7 @@ def _relative(found, expected):
 def test_masked_mode_sees_visible_tokens_only(clip):
     torch.manual_seed(0)
     vit = tiny_encoder()
-    mask = tube_masks(3, vit.grid, 0.7)
+    mask = tube_masks(torch.rand(3, 16), vit.grid, 0.7)
     tokens = vit(clip, mask)
     assert tokens.shape == (3, 1 + int((~mask[0]).sum()), 24)
     hidden = vit.patchify(torch.ones_like(clip))[0, 0]
@@ -113,7 +114,7 @@ def test_masked_tokens_equal_the_formula(clip):
     """Positions are added first, then visible tokens kept in raster order behind CLS."""
     torch.manual_seed(0)
     vit = tiny_encoder()
-    mask = tube_masks(3, vit.grid, 0.5)
+    mask = tube_masks(torch.rand(3, 16), vit.grid, 0.5)
     keep = visible_indices(mask)
     full = vit.patch_embed(vit.patchify(clip)) + vit.pos_embed[:, 1:]
     x = torch.stack([row[i] for row, i in zip(full, keep, strict=True)])
@@ -126,7 +127,7 @@ def test_masked_tokens_equal_the_formula(clip):
 def test_views_in_one_call_equal_views_one_by_one(clip):
     torch.manual_seed(0)
     vit = tiny_encoder()
-    masks = tube_masks(4 * 3, vit.grid, 0.7).view(4, 3, -1)
+    masks = tube_masks(torch.rand(4, 3, 16), vit.grid, 0.7)
     together = vit(clip, masks)
     alone = torch.stack([vit(clip, mask) for mask in masks])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)

@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 
+from discovr_monai.files import save_atomic
 from discovr_monai.training.checkpoint import Checkpoints, random_states, set_random_states
-from discovr_monai.weights import CheckpointError, read_checkpoint, save_atomic
+from discovr_monai.weights import CheckpointError, read_checkpoint
 from tests.conftest import tiny_network
-from tests.training.test_trainer import trainer
+from tests.training.test_trainer import rows, same_state, trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,8 +188,109 @@ def test_other_data_is_refused(tmp_path):
     engine = trainer(epochs=1)
     Checkpoints(tmp_path).attach(engine)
     engine.run()
-    with pytest.raises(CheckpointError, match="epochs of 3 batches, this training has 6"):
-        Checkpoints(tmp_path).attach(trainer(batch_size=2))
+    message = "last.pt is of another training: it was trained on 12 clips, these are 9"
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoints(tmp_path).attach(trainer(epochs=1, data=rows(9)))
+
+
+def stop_after(engine, iterations):
+    """Ends a run as a kill would: at once, without the end of the epoch."""
+
+    def stop(engine):
+        if engine.state.iteration == iterations:
+            raise KeyboardInterrupt
+
+    engine.add_event_handler(Events.ITERATION_COMPLETED, stop)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+
+
+def watch(engine):
+    """(epoch, ids, lr) of each iteration that follows."""
+    seen = []
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED,
+        lambda e: seen.append((e.state.epoch, e.state.batch["id"], e.state.output[0]["lr"])),
+    )
+    return seen
+
+
+@pytest.mark.parametrize(("sizes", "kept"), [((2, 3, 2), 12), ((2, 6, 1), 8), ((1, 4, 4), 9)])
+def test_other_batches_go_on_with_what_the_epoch_has_left(tmp_path, sizes, kept):
+    """Batch size stands for ranks: what counts is how many clips a global batch holds."""
+    seen = []
+    for part, batch_size in enumerate(sizes):
+        engine = trainer(epochs=2, batch_size=batch_size)
+        Checkpoints(tmp_path, save_every=1).attach(engine)
+        seen.append(watch(engine))
+        if part < 2:
+            left = engine.state.epoch_length - engine.state.iteration
+            stop_after(engine, engine.state.iteration + min(1 + part, left))
+        else:
+            engine.run()
+    read = [i for part in seen for epoch, ids, _ in part if epoch == 1 for i in ids]
+    assert len(read) == len(set(read)) == kept  # none twice; less than a batch left out
+    again = [i for epoch, ids, _ in seen[-1] if epoch == 2 for i in ids]
+    assert len(again) == len(set(again)) == 12
+    assert engine.state.iteration == 2 * (12 // sizes[-1])
+
+
+def test_iterations_go_on_at_the_same_part_of_the_schedule(tmp_path):
+    engine = trainer(epochs=4, batch_size=2)  # 6 batches an epoch
+    Checkpoints(tmp_path, save_every=1).attach(engine)
+    stop_after(engine, 6 + 2)
+    again = trainer(epochs=4, batch_size=1)  # 12
+    Checkpoints(tmp_path).attach(again)
+    assert (again.state.iteration, again.state.epoch) == (12 + 4, 1)
+
+
+def test_accumulation_resumes_at_a_step(tmp_path):
+    """A checkpoint that falls due inside a group is written at its end."""
+    options = {"epochs": 1, "batch_size": 2, "accumulation_steps": 3}
+    whole = trainer(**options)
+    whole.run()
+    engine = trainer(**options)
+    Checkpoints(tmp_path, save_every=2).attach(engine)
+    stop_after(engine, 5)
+    again = trainer(**options)
+    Checkpoints(tmp_path).attach(again)
+    assert again.state.iteration == 3
+    again.run()
+    assert same_state(whole, again) == 0
+
+
+def test_checkpoints_come_as_often_as_is_said_and_at_the_end(tmp_path):
+    for every, wanted in (
+        (0, [6, 12, 18]),
+        (4, [4, 8, 12, 12, 16, 18]),
+        (5, [5, 10, 15, 18]),
+        (99, [18]),
+    ):
+        engine = trainer(epochs=3, batch_size=2)  # 6 batches an epoch
+        checkpoints = Checkpoints(tmp_path / str(every), save_every=every, monitor=lambda e: 0.0)
+        checkpoints.attach(engine)
+        kept, save = [], checkpoints.save
+
+        def told(at, path, kept=kept, save=save):
+            save(at, path)
+            kept.append((path.name, at.state.iteration))
+
+        checkpoints.save = told
+        engine.run()
+        assert [at for name, at in kept if name == "last.pt"] == wanted, every
+        assert [at for name, at in kept if name == "best.pt"] == [6], every
+
+
+def test_other_batches_begin_with_a_whole_group(tmp_path):
+    engine = trainer(epochs=1, batch_size=2)
+    Checkpoints(tmp_path, save_every=1).attach(engine)
+    stop_after(engine, 1)  # 10 clips left: 10 batches of one, of which 12 make groups of 4
+    again = trainer(epochs=1, batch_size=1, accumulation_steps=4)
+    Checkpoints(tmp_path).attach(again)
+    assert again.state.iteration == 4
+    seen = watch(again)
+    again.run()
+    assert len(seen) == 8
 
 
 class Evil:

@@ -229,6 +229,21 @@ def test_an_unknown_precision_is_refused():
         trainer(precision="fp8")
 
 
+def test_a_part_that_nothing_trains_is_refused_on_several_processes(tmp_path):
+    """DistributedDataParallel would wait for its gradient, and say so at the second step."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        network = torch.nn.parallel.DistributedDataParallel(tiny_network())
+        trainer(network=network)
+        objective = Objective({"video": SelfDistillation("video")})
+        message = "no term trains what makes image_logits, video_scores, .*leave image_head_def"
+        with pytest.raises(ValueError, match=message):
+            trainer(network=network, objective=objective)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_clips_are_normalised_as_imagenet():
     clip = PrepareClip()({"image": torch.full((2, 1, 4, 8, 8), 255, dtype=torch.uint8)})
     assert clip.shape == (2, 3, 4, 8, 8)
