@@ -147,7 +147,14 @@ def _clusters(rows: int, prototypes: int, element: int) -> Count:
 
 
 def step(
-    network: Discovr, clips: int, views: int, ratio: float, iterations: int, *, element: int
+    network: Discovr,
+    clips: int,
+    views: int,
+    ratio: float,
+    iterations: int,
+    *,
+    element: int,
+    teacher_tokens: int | None = None,
 ) -> dict[str, Count]:
     """Every part of a step of the whole method.
 
@@ -158,6 +165,7 @@ def step(
         ratio: masked share.
         iterations: Sinkhorn's.
         element: bytes of an activation: 4 in fp32, 2 in bf16.
+        teacher_tokens: of a clip, that the video teacher sees; None for all.
     """
     video, image = network.video_student, network.image_student
     assert image is not None and network.decoder is not None and network.prototypes is not None
@@ -173,12 +181,12 @@ def step(
     averaged = sum(p.numel() for part in copied for p in part.parameters())
     frames, side = video.clip_shape[1:3]
     pixels = clips * frames * side * side
-    e = element
+    e, seen = element, video.num_tokens if teacher_tokens is None else teacher_tokens
     return {
         "data": Count(other=9.0 * pixels, bytes=float(pixels * (1 + 3 * MASTER))),
         "image teacher": encoder(image, teachers, h * w, element=e, train=False),
         "image students": encoder(image, views * students, places, element=e, train=True),
-        "video teacher": encoder(video, clips, video.num_tokens, element=e, train=False),
+        "video teacher": encoder(video, clips, seen, element=e, train=False),
         "video students": encoder(video, (views + 1) * clips, t * places, element=e, train=True),
         "decoder": decoder(network.decoder, clips, t * places, video.num_tokens, element=e),
         "heads": head(network.video_head, views * clips, element=e, train=True)

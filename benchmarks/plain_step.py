@@ -83,7 +83,11 @@ class PlainDiscovr(Discovr):
     """The whole method (all three terms), plainly; parameters and names are Discovr's."""
 
     def forward(
-        self, clip: Tensor, video_masks: Tensor, image_masks: Tensor | None = None
+        self,
+        clip: Tensor,
+        video_masks: Tensor,
+        image_masks: Tensor | None = None,
+        teacher_mask: Tensor | None = None,
     ) -> DiscovrOutput:
         """As :meth:`Discovr.forward`."""
         image, image_teacher, decoder = self.image_student, self.image_teacher, self.decoder
@@ -95,7 +99,7 @@ class PlainDiscovr(Discovr):
         frames = _frames(clip, self.student_frames)  # (B * F, 3, 1, H, W)
 
         with torch.no_grad():
-            teacher_cls = plain_encoder(self.video_teacher, clip)[:, 0]  # (B, d)
+            teacher_cls = plain_encoder(self.video_teacher, clip, teacher_mask)[:, 0]  # (B, d)
             out.video_teacher_logits = self.video_teacher_head(teacher_cls)
         views = [plain_encoder(self.video_student, clip, mask) for mask in video_masks]
         student_cls = torch.stack([view[:, 0] for view in views[:-1]])  # (V, B, d)

@@ -6,6 +6,8 @@ python benchmarks/step_memory.py JSON     used by train_step.py; prints the byte
 from __future__ import annotations
 
 import json
+import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,7 +17,18 @@ from typing import Any
 import torch
 from step_setup import build, step
 
-from discovr_monai.training.trainer import DiscovrTrainer
+OPTIONS = {  # a part of an option row -> its value
+    r"image_frame_step=([2-9]|[1-9]\d+)": int,
+    r"teacher_keep=(0?\.\d*[1-9]\d*)": float,
+    r"num_views=([1-9]\d*)": int,
+    r"batch=([2-9]|[1-9]\d+)x": int,
+    r"activation_checkpointing()": lambda _: True,
+    r"compile()": lambda _: True,
+}
+KNOWN = (
+    "image_frame_step=N (N from 2), teacher_keep=SHARE (below 1), activation_checkpointing, "
+    "compile, num_views=N, batch=Nx (N from 2), and several joined by commas"
+)
 
 
 def memory_ratios(size: str, precisions: list[str], common: dict[str, Any]) -> dict[str, Any]:
@@ -32,18 +45,19 @@ def memory_ratios(size: str, precisions: list[str], common: dict[str, Any]) -> d
 def peak_of(job: dict[str, Any]) -> float:
     """:func:`peak_memory` of a new process."""
     command = [sys.executable, __file__, json.dumps(job)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    cold = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # the compiler works each time
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=cold)
     return float(done.stdout.splitlines()[-1])
 
 
 def peak_memory(job: dict[str, Any]) -> float:
     """Bytes that building the trainer and two steps of it add to this process, or to the GPU."""
     option = job.pop("option", None)
+    settings, times = settings_of(option) if option else ({}, 1)
+    job["batch"] *= times
     step(*build(job["size"], quick=True, device=job["device"]))  # imports everything
     before = highest_memory()
-    trainer, batch = build(**(settings_of(option) if option else {}), **job)
-    if option:
-        apply_option(trainer, option)
+    trainer, batch = build(**settings, **job)
     for _ in range(2):  # the optimiser's moments come with the first
         step(trainer, batch)
     if job["device"] == "cuda":
@@ -66,23 +80,23 @@ def highest_memory() -> float:
     return mark if sys.platform == "darwin" else 1024.0 * mark
 
 
-def settings_of(option: str) -> dict[str, Any]:
-    """The config keys of an option row; "compile" has none."""
-    name, _, value = option.partition("=")
-    if name == "compile" and not value:
-        return {}
-    if name == "image_frame_step" and value.isdigit() and int(value) > 1:
-        return {name: int(value)}
-    raise ValueError(f"--options {option}: know image_frame_step=N (N from 2) and compile")
+def settings_of(option: str) -> tuple[dict[str, Any], int]:
+    """The config keys of an option row, and how many times the batch it has.
 
-
-def apply_option(trainer: DiscovrTrainer, option: str) -> None:
-    """Compiles the blocks of every encoder, in place, where the option says so."""
-    if option == "compile":
-        torch._dynamo.config.recompile_limit = 64  # one block of code, many shapes
-        for name, module in trainer.network.named_modules():
-            if name.rpartition(".")[0].endswith("blocks"):
-                module.compile(dynamic=False)
+    Raises:
+        ValueError: for what is no option, naming those there are.
+    """
+    found: dict[str, Any] = {}
+    for part in option.split(","):
+        matches = ((re.fullmatch(form, part), value) for form, value in OPTIONS.items())
+        name = part.partition("=")[0]
+        for match, value in matches:
+            if match and name not in found:
+                found[name] = value(match[1])
+                break
+        else:
+            raise ValueError(f"--options {option}: know {KNOWN}")
+    return found, found.pop("batch", 1)
 
 
 if __name__ == "__main__":

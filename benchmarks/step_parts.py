@@ -79,21 +79,22 @@ def parts(trainer: DiscovrTrainer, batch: Batch) -> dict[str, Part]:
     }
 
 
-def _data(trainer: DiscovrTrainer, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _data(
+    trainer: DiscovrTrainer, batch: Batch
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
     clip = trainer.prepare_batch(batch, trainer.state.device, False)
     network = unwrap(trainer.network)
     assert network.image_student is not None
-    video, image = trainer.masking(
+    video, image, teacher = trainer.masking(
         0,
-        slice(0, len(clip)),
-        len(clip),
+        range(len(clip)),
         video_grid=network.video_student.grid,
         image_grid=network.image_student.grid,
         frames=len(network.student_frames),
         device=clip.device,
     )
     assert image is not None
-    return clip, (video, image)
+    return clip, (video, image, teacher)
 
 
 def _encoders(network: Discovr, clip: Tensor, masks: tuple, cast: Any) -> dict[str, Part]:
@@ -112,7 +113,7 @@ def _encoders(network: Discovr, clip: Tensor, masks: tuple, cast: Any) -> dict[s
 
     def video_teacher() -> None:
         with cast(), torch.no_grad():
-            network.video_teacher(clip)
+            network.video_teacher(clip, masks[2])
 
     def video_students() -> None:
         video.zero_grad(set_to_none=True)

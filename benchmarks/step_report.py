@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from quiet import remark
+
 GIB = 2**30
 
 
@@ -16,6 +18,14 @@ def tables(bench: dict[str, Any]) -> str:
             lines += ["", *_parts(precision, found, parts)]
         if "options" in found:
             lines += ["", *_options(found)]
+    return "\n".join(lines)
+
+
+def option_tables(bench: dict[str, Any]) -> str:
+    """Markdown: the machine, and the options of each size."""
+    lines = _machine(bench)
+    for size, found in bench["sizes"].items():
+        lines += ["", f"### Options of ViT-{size}, batch {bench['batch']}", "", *_options(found)]
     return "\n".join(lines)
 
 
@@ -34,9 +44,7 @@ def _machine(bench: dict[str, Any]) -> list[str]:
     ]
     if bench["quick"]:
         lines.append("\n**--quick: tiny sizes. These figures mean nothing.**")
-    if about["load_before"] > 0.5:
-        lines.append(f"\n**The machine was busy (load {about['load_before']}): not to be kept.**")
-    return lines
+    return lines + remark(about["busy_cores"])
 
 
 def _times(value: float, bounds: list[float]) -> str:
@@ -102,12 +110,18 @@ def _parts(precision: str, found: dict[str, Any], parts: dict[str, Any]) -> list
 
 def _options(found: dict[str, Any]) -> list[str]:
     rows = [
-        "| option | precision | time, without / with | memory, without / with |",
-        "| --- | --- | --- | --- |",
+        "| option | operations a clip | precision | seconds a clip, without | with "
+        "| without / with | memory, without / with | first two steps, s |",
+        f"| --- |{' --- |' * 7}",
     ]
     for name, option in found["options"].items():
         for precision, memory in option["memory_bytes"].items():
-            time = _times(option[f"ratio_{precision}"], option[f"ratio_{precision}_spread"])
-            ratio = found["memory_bytes"][f"ours_{precision}"] / memory
-            rows.append(f"| {name} | {precision} | {time} | {ratio:.2f} |")
+            without, used = (s["median"] for s in option["seconds_per_clip"][precision])
+            ratio = _times(option[f"ratio_{precision}"], option[f"ratio_{precision}_spread"])
+            held = found["memory_bytes"][f"ours_{precision}"] / memory
+            first = " to ".join(f"{s:.1f}" for s in option["first_steps"][precision])
+            rows.append(
+                f"| {name} | {100 * option['operations']:.0f} % | {precision} | {without:.2f} "
+                f"| {used:.2f} | {ratio} | {held:.2f} | {first} |"
+            )
     return rows

@@ -3,13 +3,14 @@
     python benchmarks/train_step.py                     ViT-S and ViT-B, batch 2, fp32 and bf16
     python benchmarks/train_step.py --sizes S --precisions bf16 --repeats 9
     python benchmarks/train_step.py --device cuda --batch 48
-    python benchmarks/train_step.py --options image_frame_step=4 compile
+    python benchmarks/train_step.py --options image_frame_step=4 num_views=2,batch=2x compile
     python benchmarks/train_step.py --quick             tiny sizes, seconds, to try it out
 
 plain_step.py is the plain formulation and says what differs; operations.py counts what a step
 needs. The two take turns in one process (ratios are of the steps of one round), their memory is
 measured in processes of their own. Writes OUT/bench.json and prints its tables; --docs also puts
-them into docs/performance.md. Measure on a machine that does nothing else.
+them into docs/performance.md, with --options those of the options only. Measure on a machine that
+does nothing else.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ import json
 import os
 import platform
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import operations
 import torch
 from markers import write_between_markers
-from step_memory import apply_option, memory_ratios, peak_of, settings_of
+from quiet import busy_cores
+from step_memory import KNOWN, memory_ratios, peak_of, settings_of
 from step_parts import bandwidth, matrix_peak, time_parts
-from step_report import tables
+from step_report import option_tables, tables
 from step_setup import SIZES, build, difference, now, step
 
+from discovr_monai.files import save_atomic
 from discovr_monai.training.trainer import DiscovrTrainer, unwrap
-from discovr_monai.weights import save_atomic
 
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
 PRECISIONS = {"fp32": 4, "bf16": 2}  # bytes of an activation
@@ -65,7 +68,9 @@ def main() -> None:
             found[option] = measure_option(size, option, options, common)
             save(bench, file)
     print(tables(bench))
-    if options.docs:
+    if options.docs and options.options:
+        write_between_markers(DOCS, option_tables(bench), "train_step.py --options")
+    elif options.docs:
         write_between_markers(DOCS, tables(bench), "train_step.py")
 
 
@@ -82,9 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: figures mean nothing")
     parser.add_argument("--out", default="output/bench", help="folder for bench.json")
-    parser.add_argument(
-        "--options", nargs="+", default=[], help="rows of our options: image_frame_step=N, compile"
-    )
+    parser.add_argument("--options", nargs="+", default=[], help=f"rows of our options: {KNOWN}")
     parser.add_argument("--docs", action="store_true", help="tables into docs/performance.md")
     options = parser.parse_args()
     if options.repeats < 1 or options.batch < 1:
@@ -115,9 +118,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > 0.5:
-        print(f"this machine is busy (load {load:.1f}): only a quiet one gives figures to keep")
     return {
         "device": device.type,
         "cpu": name,
@@ -126,7 +126,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "amx": bool(torch.cpu._is_amx_tile_supported()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "load_before": round(load, 2),
+        "busy_cores": busy_cores(),
     }
 
 
@@ -217,13 +217,15 @@ def agreement(
 def count(trainer: DiscovrTrainer, precision: str, batch: int) -> dict[str, operations.Count]:
     """What a step of this trainer needs."""
     cluster = trainer.loss_function.terms["cluster"]
+    network = unwrap(trainer.network)
     return operations.step(
-        unwrap(trainer.network),
+        network,
         batch,
         trainer.masking.num_views,
         trainer.masking.ratio,
         cluster.iterations,  # type: ignore[arg-type]
         element=PRECISIONS[precision],
+        teacher_tokens=trainer.masking.teacher_tokens(network.video_student.num_tokens),
     )
 
 
@@ -279,28 +281,47 @@ def part_rows(
 def measure_option(
     size: str, option: str, options: argparse.Namespace, common: dict[str, Any]
 ) -> dict[str, Any]:
-    """Our step without / with an option, in turns, and its memory."""
-    default, changed = build(size, **common), build(size, **settings_of(option), **common)
-    apply_option(changed[0], option)
-    memory = {
-        p: peak_of({"size": size, "precision": p, "option": option} | common)
-        for p in options.precisions
-    }
-    found: dict[str, Any] = {"memory_bytes": memory}
+    """Our step without / with an option, in turns, by the clip; and its memory.
+
+    "first_steps" are the seconds of the first two, before the times that count: compilation,
+    which starts from an empty cache, falls into them.
+    """
+    from torch._inductor.utils import fresh_cache
+
+    settings, times = settings_of(option)
+    clips = common["batch"], common["batch"] * times
+    pair = build(size, **common), build(size, **settings, **common | {"batch": clips[1]})
+    needed = [
+        operations.total(count(trainer, "fp32", b)).matrix / b
+        for (trainer, _), b in zip(pair, clips, strict=True)
+    ]
+    found: dict[str, Any] = {"operations": needed[1] / needed[0]}
+    found |= {"memory_bytes": {}, "seconds_per_clip": {}, "first_steps": {}}
     for precision in options.precisions:
-        pairs = []
-        for number in range(options.repeats + 2):
-            pair = []
-            for trainer, batch in (default, changed):
-                trainer.precision = precision
-                start = now(trainer.state.device)
-                step(trainer, batch)
-                pair.append(now(trainer.state.device) - start)
-            if number > 1:  # compilation takes more than one step to settle
-                pairs.append(pair[0] / pair[1])
-        found[f"ratio_{precision}"] = statistics.median(pairs)
-        found[f"ratio_{precision}_spread"] = [min(pairs), max(pairs)]
+        torch._dynamo.reset()  # an option before this one may have compiled the same
+        with fresh_cache():
+            seconds = turns(pair, precision, options.repeats + 2)
+        found["first_steps"][precision] = [sum(spent[:2]) for spent in seconds]
+        rates = [[s / b for s in spent[2:]] for spent, b in zip(seconds, clips, strict=True)]
+        found["seconds_per_clip"][precision] = [spread(values) for values in rates]
+        ratio = [a / b for a, b in zip(*rates, strict=True)]
+        found[f"ratio_{precision}"] = statistics.median(ratio)
+        found[f"ratio_{precision}_spread"] = [min(ratio), max(ratio)]
+        job = {"size": size, "precision": precision, "option": option}
+        found["memory_bytes"][precision] = peak_of(job | common)
     return found
+
+
+def turns(pair: Sequence[tuple[DiscovrTrainer, Any]], precision: str, rounds: int) -> list:
+    """Seconds of each round's step, for each of the two."""
+    seconds: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for (trainer, batch), spent in zip(pair, seconds, strict=True):
+            trainer.precision = precision
+            start = now(trainer.state.device)
+            step(trainer, batch)
+            spent.append(now(trainer.state.device) - start)
+    return seconds
 
 
 def save(bench: dict[str, Any], file: Path) -> None:

@@ -13,18 +13,22 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+
+from discovr_monai.networks.vit import Block
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import operations  # noqa: E402
 import plain_step  # noqa: E402
+import step_memory  # noqa: E402
 import step_parts  # noqa: E402
 import train_step  # noqa: E402
 from markers import END, begin, write_between_markers  # noqa: E402
 from step_memory import settings_of  # noqa: E402
+from step_report import _options  # noqa: E402
 from step_setup import build, difference, step  # noqa: E402
 
 
@@ -49,17 +53,17 @@ def forward_and_backward(trainer, batch, number):
     """Loss and terms of one pass under the masks of a step."""
     trainer.network.train().zero_grad(set_to_none=True)
     clip = trainer.prepare_batch(batch, trainer.state.device, False)
-    output = trainer._forward(trainer.network, clip, number, 0, len(clip))
+    output = trainer._forward(trainer.network, clip, number, 0)
     losses = trainer.loss_function(output, number)
     losses["loss"].backward()
     return {name: float(value.detach()) for name, value in losses.items()}
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=5, phases=(Phase.generate,))
 @given(seed=st.integers(0, 10**6), number=st.integers(0, 10**6))
 def test_loss_and_every_gradient_are_the_plain_ones(dtype, limit, seed, number):
-    ours, plain, batch = pair(dtype, seed)
+    ours, plain, batch = pair(dtype, seed, teacher_keep=0.6)
     batch["image"] = torch.randint_like(batch["image"], 256)
     losses = [forward_and_backward(trainer, batch, number) for trainer in (ours, plain)]
     for name, value in losses[1].items():
@@ -128,8 +132,13 @@ def needed(trainer, precision="fp32", batch=2):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"image_frame_step": 2}, {"image_frame_step": 3, "mask_ratio": 0.6, "num_views": 2}],
-    ids=["default", "frames", "views"],
+    [
+        {},
+        {"image_frame_step": 2},
+        {"image_frame_step": 3, "mask_ratio": 0.6, "num_views": 2},
+        {"teacher_keep": 0.3},
+    ],
+    ids=["default", "frames", "views", "teacher"],
 )
 def test_the_counter_agrees_with_torch_on_the_real_step(precision, options):
     trainer, batch = build("S", quick=True, precision=precision, batch=3, **options)
@@ -138,8 +147,9 @@ def test_the_counter_agrees_with_torch_on_the_real_step(precision, options):
     assert total.matrix == pytest.approx(seen, rel=0.02)
 
 
-def test_the_counter_agrees_on_each_part():
-    trainer, batch = build("S", quick=True)
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_the_counter_agrees_on_each_part(share):
+    trainer, batch = build("S", quick=True, teacher_keep=share)
     calls = step_parts.parts(trainer, batch)
     parts = needed(trainer)
     assert calls.keys() == parts.keys()
@@ -147,6 +157,22 @@ def test_the_counter_agrees_on_each_part():
         assert parts[name].matrix == pytest.approx(operations.counted(call), rel=0.02), name
         assert parts[name].bytes > 0
         assert parts[name].other > 0 or name == "prototypes"
+
+
+def test_recomputation_repeats_the_blocks_that_train_and_is_not_counted_as_needed():
+    trainer, batch = build("S", quick=True, activation_checkpointing=True)
+    network, parts = trainer.network, needed(trainer)
+    assert parts == needed(build("S", quick=True)[0])
+    forward = 0.0
+    for block in (m for m in network.modules() if isinstance(m, Block) and m.recompute):
+        block.register_forward_pre_hook(lambda _, x, block=block: seen.append((block, x[0].shape)))
+    seen: list = []
+    found = operations.counted(lambda: step(trainer, batch))
+    for block, (sequences, tokens, _) in seen:
+        forward += operations.blocks([block], sequences, tokens, element=4, train=False).matrix
+    total = operations.total(parts).matrix
+    last = sum(2.0 * s * n * w * b.mlp.fc1.out_features for b, (s, n, w) in seen)
+    assert found == pytest.approx(total + forward - last, rel=0.005)  # a block's last is not needed
 
 
 def test_plain_does_only_the_named_work_more():
@@ -209,6 +235,42 @@ def test_an_option_is_measured_against_our_default():
     assert found["memory_bytes"] == {"fp32": 7.0}
     low, high = found["ratio_fp32_spread"]
     assert 0 < low <= found["ratio_fp32"] <= high
+    assert found["operations"] < 1
+    assert len(found["first_steps"]["fp32"]) == 2
+
+
+def test_a_larger_batch_is_measured_by_the_clip(monkeypatch):
+    """Four clips at a second a step against two: the same step is twice as fast by the clip."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(train_step, "now", lambda device: next(clock))
+    monkeypatch.setattr(train_step, "peak_of", lambda job: 7.0)
+    common = {"batch": 2, "quick": True, "device": "cpu"}
+    options = Namespace(precisions=["fp32"], repeats=2)
+    found = train_step.measure_option("S", "batch=2x", options, common)
+    assert found["ratio_fp32"] == 2
+    assert [s["median"] for s in found["seconds_per_clip"]["fp32"]] == [0.5, 0.25]
+    assert found["first_steps"]["fp32"] == [2, 2]
+    assert found["operations"] == pytest.approx(
+        1, abs=0.15
+    )  # only optimiser-like parts do not grow
+
+
+def test_the_options_table(monkeypatch):
+    monkeypatch.setattr(train_step, "peak_of", lambda job: 2.0**30)
+    common = {"batch": 2, "quick": True, "device": "cpu"}
+    options = Namespace(precisions=["fp32"], repeats=1)
+    rows = {o: train_step.measure_option("S", o, options, common) for o in ("teacher_keep=0.5",)}
+    lines = _options({"options": rows, "memory_bytes": {"ours_fp32": 2.0**31}})
+    assert len({line.count("|") for line in lines}) == 1
+    assert re.match(r"\| teacher_keep=0.5 \| \d+ % \| fp32 \| .* \| 2.00 \| [\d.]+ to", lines[2])
+
+
+def test_the_memory_of_an_option_is_that_of_its_own_settings_and_batch():
+    job = {"size": "S", "precision": "fp32", "batch": 1, "quick": True, "device": "cpu"}
+    with mock.patch.object(step_memory, "build", wraps=build) as made:
+        step_memory.peak_memory({**job, "option": "num_views=2,batch=3x"})
+    assert made.call_args.kwargs["batch"] == 3
+    assert made.call_args.kwargs["num_views"] == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -219,7 +281,27 @@ def test_a_missing_gpu_is_said_plainly(capsys):
     assert "no CUDA GPU here" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", ["image_frame_step=1", "image_frame_step", "compile=2", "else"])
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("image_frame_step=4", ({"image_frame_step": 4}, 1)),
+        ("teacher_keep=0.5", ({"teacher_keep": 0.5}, 1)),
+        ("activation_checkpointing", ({"activation_checkpointing": True}, 1)),
+        ("compile", ({"compile": True}, 1)),
+        ("num_views=2,batch=2x", ({"num_views": 2}, 2)),
+        ("compile,activation_checkpointing,batch=12x",
+         ({"compile": True, "activation_checkpointing": True}, 12)),
+    ],
+)  # fmt: skip
+def test_options_become_config_keys(option, expected):
+    assert settings_of(option) == expected
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["image_frame_step=1", "image_frame_step", "compile=2", "else", "teacher_keep=1.0", "batch=2",
+     "teacher_keep=0.0", "num_views=0", "compile,compile", "", "compile,"],
+)  # fmt: skip
 def test_unknown_options_are_refused(option):
     with pytest.raises(ValueError, match=rf"--options {option}: know image_frame_step=N"):
         settings_of(option)
