@@ -3,10 +3,13 @@
     python benchmarks/compare_methods.py run [--jobs 2]   hours; goes on where it stopped
     python benchmarks/compare_methods.py run --quick      a size that ends within an hour
     python benchmarks/compare_methods.py report           docs/results.md from the JSONs
+    python benchmarks/compare_methods.py run --protocol benchmarks/options.yaml
+                                      our options instead; a table in docs/performance.md
 
 Data, sizes, seeds and settings are in protocol.yaml, which is written before any result is seen.
-Each finished (method, seed) leaves benchmarks/results/SIZE/METHOD-SEED.json; what is there for
-the same protocol is not done again, an interrupted pretraining resumes.
+Each finished (method, seed) leaves benchmarks/results/SIZE/METHOD-SEED.json (of another protocol,
+results/ITS NAME/...); what is there for the same protocol is not done again, an interrupted
+pretraining resumes.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import yaml
 HERE = Path(__file__).parent
 BUNDLE = HERE.parent / "bundles" / "discovr"
 RESULTS = HERE / "results"
+PROTOCOL = (HERE / "protocol.yaml").resolve()
 KEPT = {  # task -> the method and columns of each test cine's prediction that a JSON keeps
     "knn": ("k=10", ("truth", "score_1")),
     "linear_probe": ("logistic", ("truth", "score_1")),
@@ -36,12 +40,17 @@ KEPT = {  # task -> the method and columns of each test cine's prediction that a
 }
 
 
-def protocol(size: str) -> dict[str, Any]:
-    """The protocol at a size.
+def protocol(size: str, file: Path = PROTOCOL) -> dict[str, Any]:
+    """The protocol at a size; what a file does not say is as in its "base".
 
-    "key" changes with anything that decides a result, "training" with what decides a checkpoint.
+    "results" is where its JSONs are. "key" changes with anything that decides a result,
+    "training" with what decides a checkpoint.
     """
-    content = yaml.safe_load((HERE / "protocol.yaml").read_text())
+    content = yaml.safe_load(file.read_text())
+    if "base" in content:
+        content = yaml.safe_load((file.parent / content["base"]).read_text()) | content
+    own = file.stem if size == "recorded" else f"{file.stem}_{size}"
+    content["results"] = RESULTS / (size if file.resolve() == PROTOCOL else own)
     content["size"] = content.pop("sizes")[size]
     shared = {k: content[k] for k in ("data", "settings", "evaluation")} | {
         "epochs": content["size"]["epochs"]
@@ -204,19 +213,19 @@ def _columns(task: str, rows: list[dict[str, Any]]) -> dict[str, dict[str, list]
     return out
 
 
-def finished(size: str, name: str, seed: int, plan: dict[str, Any]) -> bool:
+def finished(name: str, seed: int, plan: dict[str, Any]) -> bool:
     """Whether a method's seed has its JSON of this protocol."""
-    target = RESULTS / size / f"{name}-{seed}.json"
+    target = plan["results"] / f"{name}-{seed}.json"
     return target.exists() and json.loads(target.read_text())["protocol"] == plan["key"]
 
 
-def open_groups(size: str, plan: dict[str, Any], only: list[str] | None) -> list[tuple[str, int]]:
+def open_groups(plan: dict[str, Any], only: list[str] | None) -> list[tuple[str, int]]:
     """(checkpoint, seed) of what is not done, the first seed of every method first."""
     found: dict[tuple[int, str, int], None] = {}
     seeds = plan["size"]["seeds"]
     for name, method in plan["methods"].items():
         for number, seed in enumerate(method.get("seeds", seeds)[: len(seeds)]):
-            if (only is None or name in only) and not finished(size, name, seed, plan):
+            if (only is None or name in only) and not finished(name, seed, plan):
                 found[number, method.get("checkpoint", name), seed] = None
     return [(source, seed) for _, source, seed in sorted(found, key=lambda job: job[0])]
 
@@ -234,7 +243,7 @@ def run_group(size: str, plan: dict[str, Any], work: Path, source: str, seed: in
     for name, method in plan["methods"].items():
         wanted = seed in method.get("seeds", plan["size"]["seeds"])
         same = method.get("checkpoint", name) == source
-        if not (same and wanted) or finished(size, name, seed, plan):
+        if not (same and wanted) or finished(name, seed, plan):
             continue
         print(f"== {name}, seed {seed}: evaluation", flush=True)
         start = time.perf_counter()
@@ -249,18 +258,18 @@ def run_group(size: str, plan: dict[str, Any], work: Path, source: str, seed: in
             "evaluation_seconds": round(time.perf_counter() - start, 1),
             **evaluated,
         }
-        target = RESULTS / size / f"{name}-{seed}.json"
+        target = plan["results"] / f"{name}-{seed}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(content))
         print(f"== {name}, seed {seed}: done", flush=True)
 
 
-def run(size: str, work: Path, only: list[str] | None, jobs: int) -> None:
+def run(size: str, file: Path, work: Path, only: list[str] | None, jobs: int) -> None:
     """Everything that is not done yet; with several jobs, each on its share of the cores."""
-    plan = protocol(size)
+    plan = protocol(size, file)
     if not (work / "data" / "datalist.json").exists():
         make_data(plan, work / "data")
-    groups = open_groups(size, plan, only)
+    groups = open_groups(plan, only)
     if jobs == 1:
         for source, seed in groups:
             run_group(size, plan, work, source, seed)
@@ -270,7 +279,8 @@ def run(size: str, work: Path, only: list[str] | None, jobs: int) -> None:
 
     def one(group: tuple[str, int]) -> int:
         command = [sys.executable, __file__, "group", group[0], str(group[1])]
-        command += ["--work", str(work), *(["--quick"] if size == "quick" else [])]
+        command += ["--work", str(work), "--protocol", str(file)]
+        command += ["--quick"] if size == "quick" else []
         return subprocess.run(command, env=environment).returncode
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -286,19 +296,31 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "report", "group"))
     parser.add_argument("group", nargs="*", help=argparse.SUPPRESS)  # checkpoint and seed
     parser.add_argument("--quick", action="store_true", help="the small size, for a look")
-    parser.add_argument("--work", type=Path, default=Path("output/compare"))
+    parser.add_argument("--protocol", type=Path, default=PROTOCOL, help="another file")
+    parser.add_argument("--work", type=Path, help="default: output/compare, or output/PROTOCOL")
     parser.add_argument("--only", nargs="+", help="these methods")
     parser.add_argument("--jobs", type=int, default=1, help="at once, sharing the cores")
     options = parser.parse_args()
-    size, work = "quick" if options.quick else "recorded", options.work.resolve()
+    size, file = "quick" if options.quick else "recorded", options.protocol.resolve()
+    plan, main_one = protocol(size, file), file == PROTOCOL
+    # another protocol trains its default anew, beside its options: their times compare
+    work = (options.work or Path("output") / ("compare" if main_one else file.stem)).resolve()
     if options.what == "group":
-        run_group(size, protocol(size), work, options.group[0], int(options.group[1]))
+        run_group(size, plan, work, options.group[0], int(options.group[1]))
         return
     if options.what == "run":
-        run(size, work, options.only, options.jobs)
-    from comparison_report import write_report
+        run(size, file, work, options.only, options.jobs)
+    from comparison_report import options_tables, write_report
+    from markers import write_between_markers
 
-    write_report(protocol(size), RESULTS / size, HERE.parent / "docs")
+    docs = HERE.parent / "docs"
+    if main_one:
+        write_report(plan, plan["results"], docs)
+        return
+    tables = options_tables(plan, plan["results"])
+    print(tables)
+    if size == "recorded":
+        write_between_markers(docs / "performance.md", tables, "compare_methods.py")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/results.md and its picture, from the JSONs of compare_methods."""
+"""docs/results.md and its picture, and a table of options, from the JSONs of compare_methods."""
 
 from __future__ import annotations
 
@@ -128,21 +128,49 @@ def _difference_table(runs: Runs, plan: dict[str, Any], section: str) -> list[st
     return lines
 
 
-def _cost_table(runs: Runs, plan: dict[str, Any]) -> list[str]:
+def _cost_table(runs: Runs, plan: dict[str, Any], measured: Path) -> list[str]:
+    """Time and memory; of steps where comparison_cost.py has timed them, else of whole runs."""
+    cost = json.loads(measured.read_text()) if measured.exists() else None
+    said = "Wall time of whole runs, which may have shared their machine."
+    if cost is not None:
+        said = (
+            f"A pretraining is its steps times the median step, on {cost['threads']} thread of "
+            f"{cost['cpu']}, {cost['date']}, the methods in turns: `python "
+            "benchmarks/comparison_cost.py`. Evaluations are wall times on a shared machine."
+        )
     lines = [
-        "| method | pretraining (min) | peak memory (GiB) | evaluation (min) |",
-        "| --- | --- | --- | --- |",
+        said,
+        "",
+        "| method | pretraining (min) | a step (s) | peak memory (GiB) | evaluation (min) |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, found in runs.items():
-        minutes = [r["pretraining_seconds"] / 60 for r in found if "pretraining_seconds" in r]
-        memory = [r["pretraining_gib"] for r in found if "pretraining_gib" in r]
-        lines.append(
-            f"| {plan['methods'][name]['title']} | "
-            f"{f'{np.mean(minutes):.1f}' if minutes else '-'} | "
-            f"{f'{max(memory):.2f}' if memory else '-'} | "
-            f"{np.mean([r['evaluation_seconds'] for r in found]) / 60:.1f} |"
-        )
+        evaluated = np.mean([r["evaluation_seconds"] for r in found]) / 60
+        cells = _cost(found) if cost is None else _step_cost(cost["methods"].get(name))
+        title = plan["methods"][name]["title"]
+        lines.append(f"| {title} | {' | '.join(cells)} | {evaluated:.1f} |")
     return lines
+
+
+def _cost(found: list[dict[str, Any]]) -> list[str]:
+    minutes = [r["pretraining_seconds"] / 60 for r in found if r.get("pretraining_seconds")]
+    memory = [r["pretraining_gib"] for r in found if r.get("pretraining_gib")]
+    return [
+        f"{np.mean(minutes):.1f}" if minutes else "-",
+        "-",
+        f"{max(memory):.2f}" if memory else "-",
+    ]
+
+
+def _step_cost(one: dict[str, Any] | None) -> list[str]:
+    if one is None:
+        return ["-", "-", "-"]
+    low, high = one["spread"]
+    return [
+        f"{one['seconds_per_step'] * one['steps'] / 60:.1f}",
+        f"{one['seconds_per_step']:.2f} [{low:.2f}, {high:.2f}]",
+        f"{one['gib']:.2f}",
+    ]
 
 
 def _figure_of(run: dict, task: str, section: str, method: str, metric: str) -> str:
@@ -175,6 +203,35 @@ def _picture(runs: Runs, plan: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _missing(runs: Runs, plan: dict[str, Any]) -> list[str]:
+    """What is not finished, in words; nothing when all is."""
+    lacking = []
+    for name, method in plan["methods"].items():
+        seeds = plan["size"]["seeds"]
+        wanted, found = len(method.get("seeds", seeds)[: len(seeds)]), len(runs.get(name, []))
+        if found < wanted:
+            lacking.append(f"{method['title']} ({found} of {wanted} seeds)")
+    return [f"**Not finished yet:** {', '.join(lacking)}.", ""] if lacking else []
+
+
+def options_tables(plan: dict[str, Any], folder: Path) -> str:
+    """What options.yaml found: figures, differences from the default, cost."""
+    runs = read_runs(plan, folder)
+    if "discovr" not in runs:
+        return "Nothing to report yet: the default of this protocol is not finished."
+    lines = _missing(runs, plan)
+    for section, title in SECTIONS.items():
+        lines += [f"{title}:", "", *_main_table(runs, plan, section), ""]
+        lines += [*_difference_table(runs, plan, section), ""]
+    lines += [
+        f"{plan['size']['epochs']} epochs under the protocol of [results.md](results.md); "
+        "intervals over patients; differences are paired, and positive is better for the default.",
+        "",
+        *_cost_table(runs, plan, folder / "cost.json"),
+    ]
+    return "\n".join(lines)
+
+
 def write_report(plan: dict[str, Any], folder: Path, docs: Path) -> None:
     """Writes docs/results.md from what is finished; what is not is named as missing."""
     runs = read_runs(plan, folder)
@@ -184,17 +241,6 @@ def write_report(plan: dict[str, Any], folder: Path, docs: Path) -> None:
     name = "results.md" if folder.name == "recorded" else f"results_{folder.name}.md"
     image = docs / "images" / name.replace(".md", ".png")
     _picture(runs, plan, image)
-    missing = [
-        f"{plan['methods'][n]['title']} ({len(runs.get(n, []))} of {wanted} seeds)"
-        for n in plan["methods"]
-        if len(runs.get(n, []))
-        < (
-            wanted := min(
-                len(plan["methods"][n].get("seeds", plan["size"]["seeds"])),
-                len(plan["size"]["seeds"]),
-            )
-        )
-    ]
     one = runs["discovr"][0]
     median = _figure_of(one, "lvef", "test", "training median", "mae")
     ceiling = _figure_of(one, "segmentation", "test", "grid ceiling, all", "dice_lv_cavity")
@@ -220,8 +266,7 @@ def write_report(plan: dict[str, Any], folder: Path, docs: Path) -> None:
         f"![bars](images/{image.name})",
         "",
     ]
-    if missing:
-        lines += [f"**Not finished yet:** {', '.join(missing)}.", ""]
+    lines += _missing(runs, plan)
     for section, title in SECTIONS.items():
         lines += [f"## {title}", "", *_main_table(runs, plan, section), ""]
         if section == "test":
@@ -240,7 +285,7 @@ def write_report(plan: dict[str, Any], folder: Path, docs: Path) -> None:
             *_difference_table(runs, plan, section),
             "",
         ]
-    lines += ["## Cost", "", *_cost_table(runs, plan), ""]
+    lines += ["## Cost", "", *_cost_table(runs, plan, folder / "cost.json"), ""]
     notes = docs / "results_notes.md"
     if notes.exists() and folder.name == "recorded":
         lines += [notes.read_text()]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
-from discovr_monai.weights import FORMAT, describe_encoders, save_atomic
+from discovr_monai.files import save_atomic
+from discovr_monai.weights import FORMAT, describe_encoders
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "discovr"
 

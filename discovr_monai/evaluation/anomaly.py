@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from discovr_monai.evaluation.features import Features, subset_by_patient
-from discovr_monai.evaluation.knn import unit
 from discovr_monai.evaluation.labels import class_labels
+from discovr_monai.evaluation.nearest import show_nearest, unit
 from discovr_monai.evaluation.plots import draw_map, draw_roc
 from discovr_monai.evaluation.results import Results
 from discovr_monai.evaluation.statistics import auroc, average_precision, best_threshold, f1
@@ -100,11 +100,42 @@ class Anomaly:
                     "f1": f1(t, said, w),
                 }
 
-            self.results.add(section, method, rows[section], metrics, label_fraction=fraction)
+            headlines = {"auroc": "anomaly AUROC"} if fraction == 1 else None
+            self.results.add(
+                section,
+                method,
+                rows[section],
+                metrics,
+                label_fraction=fraction,
+                headlines=headlines,
+            )
             self.results.predict(
                 section, method, rows[section], fraction, truth=truth, score=scores
             )
-            if fraction == max(self.label_fractions):
-                picture, names = self.results.picture, ["abnormal"]
-                draw_roc(picture(f"{section}_roc.png"), truth[:, None], scores[:, None], names)
-                draw_map(picture(f"{section}_map.png"), x[section], scores, None, "anomaly score")
+            if fraction == 1:
+                normal = training[labels[self.train][training] == 0]
+                self._show(section, x[section], truth, scores, normal)
+
+    def _show(
+        self,
+        section: str,
+        x: np.ndarray,
+        truth: np.ndarray,
+        scores: np.ndarray,
+        normal: np.ndarray,
+    ) -> None:
+        """Pictures, and the two most and the two least anomalous cines beside the normal ones."""
+        draw, names = self.results.draw, ["abnormal"]
+        caption = f"{section}: abnormal against normal by the anomaly score."
+        draw(f"{section}_roc.png", caption, draw_roc, truth[:, None], scores[:, None], names)
+        caption = f"{section}: the features, laid out by t-SNE."
+        draw(f"{section}_map.png", caption, draw_map, x, scores, None, "anomaly score")
+        order = np.argsort(-scores, kind="stable").tolist()
+        chosen = {
+            i: f"score {scores[i]:.3f}, {'abnormal' if truth[i] else 'normal'}"
+            for i in dict.fromkeys(order[:2] + order[-2:])
+        }
+        bank = (self.train, normal)
+        show_nearest(
+            self.results, self.features, (section, chosen), bank, self.pooling, lambda _: "normal"
+        )

@@ -205,6 +205,7 @@ class EvaluatedEncoder:
         module: :class:`FrozenEncoder` or :class:`SimpleFeatures`, on the device.
         clip: "stride", "duration", "pad_mode", "default_fps", "mean", "std" of the training.
         sha256: of the checkpoint, 16 digits.
+        training: how it was trained, as far as the checkpoint tells.
         branch: which.
         prepare: (batch, device) -> (B, 3, T, H, W) normalised, from uint8 under "image".
 
@@ -230,7 +231,7 @@ class EvaluatedEncoder:
         state = read_about(ckpt, expect)
         about = state["about"]
         self.branch, self.clip, self.sha256 = branch, dict(about["clip"]), state["sha256"]
-        self.settings = about["video"]
+        self.settings, self.training = about["video"], dict(about.get("training") or {})
         self.device = torch.device(device)
         if branch in SIMPLE:
             self.module: Backbone = SimpleFeatures(branch, about["video"])

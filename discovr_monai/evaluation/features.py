@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zipfile import BadZipFile
 
 import numpy as np
@@ -19,8 +19,8 @@ from discovr_monai.data.datalist import Datalist
 from discovr_monai.data.dataset import ClipDataset
 from discovr_monai.data.transforms import LoadCined, SampleClipd
 from discovr_monai.evaluation.encoders import EvaluatedEncoder
+from discovr_monai.files import save_atomic
 from discovr_monai.types import DatalistRow
-from discovr_monai.weights import save_atomic
 
 POOLINGS = ("cls", "mean", "both", "motion")
 COMPONENTS = 128  # of the pixels
@@ -180,6 +180,11 @@ class Features:
         )
         return Compose([self.loader, sample])
 
+    def thumbnail(self, row: DatalistRow) -> np.ndarray:
+        """(s, s) uint8, the middle frame of a cine as the network sees it."""
+        image = self.loader(cast(dict, row))["image"]  # (C, T, s, s)
+        return np.array(image[0, image.shape[1] // 2])
+
     def _compute(self, arrays: dict[str, Any], missing: Sequence[str]) -> dict[str, Any]:
         """Adds the missing sections and writes the file."""
         if self.encoder.branch == "pixel_pca":  # its components are those of the first section
@@ -287,4 +292,8 @@ def subset_by_patient(
     for value in sorted(set(group.values())):
         mine = [p for p in order if group[p] == value]
         chosen |= set(mine[: max(1 if classes is not None else 2, round(fraction * len(mine)))])
+    if classes is not None:  # one may come on some patients' later rows only
+        for value in np.unique(classes):
+            its = set(owners[classes == value])
+            chosen.add(next(p for p in order if p in its))
     return np.flatnonzero(np.isin(owners, list(chosen)))

@@ -89,6 +89,9 @@ def fit(
 
     Returns:
         The best figure.
+
+    Raises:
+        ValueError: if there is nothing to train on, or no figure is finite.
     """
     if epochs < 1 or not len(loader):
         raise ValueError(
@@ -130,6 +133,8 @@ def fit(
     trainer.logger.setLevel("ERROR")
     trainer.run()
     bar.close()
+    if not math.isfinite(best["figure"]):
+        raise ValueError(f"the training diverged: no epoch's loss was a number. Lower lr ({lr:g})")
     network.load_state_dict(best["state"])
     network.eval()
     return float(best["figure"])

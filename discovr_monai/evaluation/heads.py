@@ -17,18 +17,14 @@ from sklearn.covariance import LedoitWolf
 from torch import Tensor, nn
 
 from discovr_monai.evaluation.features import Section
+from discovr_monai.files import save_atomic
 from discovr_monai.types import DatalistRow
-from discovr_monai.weights import (
-    DESCRIPTION,
-    CheckpointError,
-    describe,
-    read_safetensors,
-    save_atomic,
-)
+from discovr_monai.weights import DESCRIPTION, CheckpointError, describe, read_safetensors
 
 FORMAT = 1
 KINDS = ("ef", "segmentation")
 FAMILIAR = 0.99  # share of held-out cines that count as familiar
+ENOUGH, FOLDS = 50, 5  # held-out cines that say what is familiar; parts, where there are fewer
 
 
 class LinearHead(nn.Module):
@@ -79,13 +75,32 @@ class Familiarity(nn.Module):
 
     @classmethod
     def fit(cls, train: np.ndarray, held_out: np.ndarray) -> Familiarity:
-        """From the features (M, D) of training cines and of others like them."""
+        """From the features (M, D) of training cines and of others like them.
+
+        Few others say little of the limit: with under ENOUGH, it is that of all cines, each a
+        stranger to the distribution that it is measured by (cross-validation).
+        """
+        if len(held_out) >= ENOUGH:
+            self = cls._of(train)
+            distances = self(torch.from_numpy(held_out).float()).numpy()
+        else:
+            train = np.concatenate((train, held_out))
+            self = cls._of(train)
+            fold = np.arange(len(train)) % FOLDS
+            distances = np.concatenate([
+                cls._of(train[fold != k])(torch.from_numpy(train[fold == k]).float()).numpy()
+                for k in range(min(FOLDS, len(train)))
+            ])  # fmt: skip
+        self.limit.fill_(float(np.quantile(distances, FAMILIAR)))
+        return self
+
+    @classmethod
+    def _of(cls, train: np.ndarray) -> Familiarity:
+        """Without a limit."""
         found = LedoitWolf().fit(train.astype(np.float64))
         self = cls(train.shape[1])
         self.mean.copy_(torch.from_numpy(found.location_))
         self.precision.copy_(torch.from_numpy(found.get_precision()))
-        distances = self(torch.from_numpy(held_out).float()).numpy()
-        self.limit.fill_(float(np.quantile(distances, FAMILIAR)))
         return self
 
 

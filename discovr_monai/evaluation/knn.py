@@ -8,15 +8,12 @@ import numpy as np
 
 from discovr_monai.evaluation.features import Features, subset_by_patient
 from discovr_monai.evaluation.labels import class_labels
+from discovr_monai.evaluation.nearest import show_nearest, telling_cases, unit
 from discovr_monai.evaluation.plots import draw_confusion, draw_map, draw_roc
 from discovr_monai.evaluation.results import Results
 from discovr_monai.evaluation.statistics import classification_metrics, confusion
 
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """Rows of length 1, in float64."""
-    x = np.asarray(x, np.float64)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+HEADLINES = {"macro_f1": "kNN macro F1", "auroc": "kNN AUROC"}
 
 
 def knn_scores(
@@ -110,9 +107,12 @@ class KNN:
                         bank[kept], voters[kept], queries, k, self.temperature, len(self.classes)
                     )
                     self._report(section, f"k={k}", scores, truth, fraction)
-            draw_map(
-                self.results.picture(f"{section}_map.png"), queries, truth, self.classes, section
-            )
+                    if k == self.k[-1] and fraction == 1:
+                        self._draw(section, f"k={k}", scores, truth)
+                        self._nearest(section, kept, scores, labels)
+            caption = f"{section}: the features, laid out by t-SNE."
+            draw = (draw_map, queries, truth, self.classes, section)
+            self.results.draw(f"{section}_map.png", caption, *draw)
         return self.results.finish()
 
     def _report(
@@ -125,15 +125,34 @@ class KNN:
             rows,
             lambda w: classification_metrics(truth, scores, w),
             label_fraction=fraction,
+            headlines=HEADLINES if method == f"k={self.k[-1]}" and fraction == 1 else None,
         )
         self.results.predict(section, method, rows, fraction, truth=truth, score=scores)
-        if method == f"k={self.k[-1]}" and fraction == max(self.label_fractions):
-            table = confusion(truth, scores.argmax(1), np.ones(len(truth)), len(self.classes))
-            draw_confusion(
-                self.results.picture(f"{section}_confusion.png"),
-                table,
-                self.classes,
-                f"{section}, {method}",
-            )
-            hot = truth[:, None] == np.arange(len(self.classes))
-            draw_roc(self.results.picture(f"{section}_roc.png"), hot, scores, self.classes)
+
+    def _draw(self, section: str, method: str, scores: np.ndarray, truth: np.ndarray) -> None:
+        table = confusion(truth, scores.argmax(1), np.ones(len(truth)), len(self.classes))
+        where, draw = f"{section}, {method}", self.results.draw
+        caption = f"{where}: how many cines of each class were called what."
+        draw(f"{section}_confusion.png", caption, draw_confusion, table, self.classes, where)
+        hot = truth[:, None] == np.arange(len(self.classes))
+        caption = f"{where}: each class against the rest."
+        draw(f"{section}_roc.png", caption, draw_roc, hot, scores, self.classes)
+
+    def _nearest(
+        self, section: str, kept: np.ndarray, scores: np.ndarray, labels: dict[str, np.ndarray]
+    ) -> None:
+        truth, said = labels[section], scores.argmax(1)
+        chosen = {
+            i: self.classes[truth[i]]
+            + (", called so" if said[i] == truth[i] else f", called {self.classes[said[i]]}")
+            for i in telling_cases(truth, scores)
+        }
+        names = {
+            r["id"]: self.classes[v]
+            for r, v in zip(self.features.rows[self.bank], labels[self.bank], strict=True)
+        }
+        bank = (self.bank, kept)
+        show_nearest(
+            self.results, self.features, (section, chosen), bank, self.pooling,
+            lambda row: names[row["id"]],
+        )  # fmt: skip

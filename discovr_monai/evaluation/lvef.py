@@ -20,6 +20,7 @@ from discovr_monai.evaluation.features import Features, Section, subset_by_patie
 from discovr_monai.evaluation.fitting import fit, last_blocks, scaled_groups
 from discovr_monai.evaluation.heads import LinearHead, fit_familiarity, views_of, write_head
 from discovr_monai.evaluation.labels import ejection_fractions
+from discovr_monai.evaluation.nearest import show_nearest
 from discovr_monai.evaluation.plots import draw_agreement, draw_learning_curve, draw_map, draw_roc
 from discovr_monai.evaluation.results import Results
 from discovr_monai.evaluation.statistics import (
@@ -184,9 +185,9 @@ class LVEF:
             constant = np.full(len(truth[section]), median)
             self._add(section, "training median", truth[section], constant, {})
         if len(self.label_fractions) > 1:
-            draw_learning_curve(
-                self.results.picture("few_labels.png"), self.label_fractions, curves
-            )
+            caption = "The error over the share of the training labels, with 95 % intervals."
+            draw = (draw_learning_curve, self.label_fractions, curves)
+            self.results.draw("few_labels.png", caption, *draw)
         return self.results.finish()
 
     def _add(
@@ -213,8 +214,16 @@ class LVEF:
             f"coverage_{100 * self.coverage:g}": inside,
             "half_width": np.full(len(truth), radius),
         }
-        found = self._add(section, self.method, truth, predicted, more, label_fraction=fraction)
-        rows, picture = self.features.rows[section], self.results.picture
+        found = self._add(
+            section,
+            self.method,
+            truth,
+            predicted,
+            more,
+            label_fraction=fraction,
+            headlines={"mae": "EF MAE", "r2": "EF R2"} if fraction == 1 else None,
+        )
+        rows = self.features.rows[section]
         self.results.predict(
             section,
             self.method,
@@ -225,15 +234,33 @@ class LVEF:
             low=np.clip(predicted - radius, 0, 100),
             high=np.clip(predicted + radius, 0, 100),
         )
-        if fraction == max(self.label_fractions):
-            draw_agreement(picture(f"{section}_agreement.png"), truth, predicted, "EF", "%")
-            low = np.stack([truth < t for t in self.thresholds], 1)
-            names = [f"EF < {t:g}" for t in self.thresholds]
-            scores = np.stack([-predicted] * len(names), 1)
-            draw_roc(picture(f"{section}_roc.png"), low, scores, names)
-            pooled = self.features[section].pooled(self.pooling)
-            draw_map(picture(f"{section}_map.png"), pooled, truth, None, "EF (%)")
+        if fraction == 1:
+            self._show(section, truth, predicted)
         return found
+
+    def _show(self, section: str, truth: np.ndarray, predicted: np.ndarray) -> None:
+        """Pictures, and best, median and worst prediction beside the nearest training cines."""
+        draw = self.results.draw
+        caption = f"{section}: predicted against true EF, and their difference (Bland-Altman)."
+        draw(f"{section}_agreement.png", caption, draw_agreement, truth, predicted, "EF", "%")
+        low = np.stack([truth < t for t in self.thresholds], 1)
+        names = [f"EF < {t:g}" for t in self.thresholds]
+        scores = np.stack([-predicted] * len(names), 1)
+        caption = f"{section}: hearts below an EF by the predicted one."
+        draw(f"{section}_roc.png", caption, draw_roc, low, scores, names)
+        pooled = self.features[section].pooled(self.pooling)
+        caption = f"{section}: the features, laid out by t-SNE."
+        draw(f"{section}_map.png", caption, draw_map, pooled, truth, None, "EF (%)")
+        order = np.argsort(np.abs(truth - predicted), kind="stable").tolist()
+        chosen = {
+            i: f"EF {truth[i]:.0f} %, predicted {predicted[i]:.0f} %"
+            for i in dict.fromkeys((order[0], order[len(order) // 2], order[-1]))
+        }
+        bank = (self.train, np.arange(len(self.features.rows[self.train])))
+        show_nearest(
+            self.results, self.features, (section, chosen), bank, self.pooling,
+            lambda row: f"EF {row[self.label_key]:.0f} %",  # type: ignore[literal-required]
+        )  # fmt: skip
 
     def _fit(self, kept: np.ndarray, truth: dict[str, np.ndarray]) -> Predictor:
         if self.method == "fine_tune":

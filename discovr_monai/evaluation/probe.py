@@ -27,6 +27,7 @@ from discovr_monai.evaluation.results import Results
 from discovr_monai.evaluation.statistics import classification_metrics, confusion
 
 PROBES = ("logistic", "linear", "attentive")
+HEADLINES = {"macro_f1": "probe macro F1", "auroc": "probe AUROC"}
 Predictor = Callable[[Section], np.ndarray]
 
 
@@ -70,8 +71,13 @@ def fit_logistic(
     validation: np.ndarray,
     validation_labels: np.ndarray,
     grid: Sequence[float],
+    count: int,
 ) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
     """Logistic regression on standardised features; C with the lowest validation log loss.
+
+    Args:
+        grid: values of C.
+        count: of classes.
 
     Returns:
         (features (M, D) -> probabilities (M, C)), and the chosen C.
@@ -83,14 +89,21 @@ def fit_logistic(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a weak C loses on validation
             model.fit(scaler.transform(train), labels)
-        p = model.predict_proba(scaler.transform(validation))
+        p = _columns(model, scaler.transform(validation), count)
         loss = -np.log(np.maximum(p[np.arange(len(p)), validation_labels], 1e-12)).mean()
         if best is None or loss < best[0] - 1e-12:
             best = (float(loss), float(c), model)
     if best is None:
         raise ValueError("C: the list of values to choose from is empty")
     _, chosen, model = best
-    return (lambda x: model.predict_proba(scaler.transform(x))), chosen
+    return (lambda x: _columns(model, scaler.transform(x), count)), chosen
+
+
+def _columns(model: LogisticRegression, x: np.ndarray, count: int) -> np.ndarray:
+    """(M, count) probabilities; 0 for a class that was not trained on."""
+    found = np.zeros((len(x), count))
+    found[:, model.classes_] = model.predict_proba(x)
+    return found
 
 
 def fit_head(
@@ -209,17 +222,19 @@ class LinearProbe:
                     rows[section],
                     lambda w, t=truth, s=scores: classification_metrics(t, s, w),  # type: ignore[misc]
                     label_fraction=fraction,
+                    headlines=HEADLINES if fraction == 1 else None,
                 )
                 for name in ("macro_f1", "auroc"):
                     curves.setdefault(f"{section}, {name}", []).append(found[name])
                 self.results.predict(
                     section, self.probe, rows[section], fraction, truth=truth, score=scores
                 )
-                if fraction == max(self.label_fractions):
+                if fraction == 1:
                     self._draw(section, scores, truth)
         if len(self.label_fractions) > 1:
-            path = self.results.picture("few_labels.png")
-            draw_learning_curve(path, self.label_fractions, curves)
+            caption = "Figures over the share of the training labels, with 95 % intervals."
+            draw = (draw_learning_curve, self.label_fractions, curves)
+            self.results.draw("few_labels.png", caption, *draw)
         return self.results.finish()
 
     def _inputs(self, section: Section) -> np.ndarray:
@@ -233,7 +248,9 @@ class LinearProbe:
         y = labels[self.train][kept]
         held = self._inputs(self.features[self.validation])
         if self.probe == "logistic":
-            model, chosen = fit_logistic(x, y, held, labels[self.validation], self.c)
+            model, chosen = fit_logistic(
+                x, y, held, labels[self.validation], self.c, len(self.classes)
+            )
             self.results.facts.setdefault("chosen_c", []).append(chosen)
             return lambda section: model(self._inputs(section))
         torch.manual_seed(self.seed)
@@ -256,10 +273,13 @@ class LinearProbe:
         return predict
 
     def _draw(self, section: str, scores: np.ndarray, truth: np.ndarray) -> None:
-        picture, n = self.results.picture, len(self.classes)
+        draw, n = self.results.draw, len(self.classes)
         table = confusion(truth, scores.argmax(1), np.ones(len(truth)), n)
-        draw_confusion(picture(f"{section}_confusion.png"), table, self.classes, section)
+        caption = f"{section}: how many cines of each class were called what."
+        draw(f"{section}_confusion.png", caption, draw_confusion, table, self.classes, section)
         hot = truth[:, None] == np.arange(n)
-        draw_roc(picture(f"{section}_roc.png"), hot, scores, self.classes)
+        caption = f"{section}: each class against the rest."
+        draw(f"{section}_roc.png", caption, draw_roc, hot, scores, self.classes)
         features = self.features[section].pooled(self.pooling)
-        draw_map(picture(f"{section}_map.png"), features, truth, self.classes, section)
+        caption = f"{section}: the features, laid out by t-SNE."
+        draw(f"{section}_map.png", caption, draw_map, features, truth, self.classes, section)

@@ -1,4 +1,4 @@
-"""Where an evaluation's figures go: one JSON, one CSV, predictions, pictures, MLflow."""
+"""Where an evaluation's figures go: one JSON, one CSV, predictions, pictures, a page, MLflow."""
 
 from __future__ import annotations
 
@@ -7,25 +7,46 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from discovr_monai.evaluation.features import patients_of
 from discovr_monai.evaluation.statistics import Estimate, Metrics, estimate
-from discovr_monai.tracking import log_run, unique_run_name
+from discovr_monai.files import write_text
+from discovr_monai.pages.page import CineView, Nearest, write_evaluation_page
+from discovr_monai.tracking import log_evaluation
 from discovr_monai.types import DatalistRow
-from discovr_monai.weights import save_atomic
+
+TITLES = {
+    "knn": "Classification by the nearest cines",
+    "linear_probe": "Classification by a probe",
+    "lvef": "Ejection fraction",
+    "anomaly": "Anomaly detection",
+    "segmentation": "Segmentation",
+}
+
+
+class Picture(NamedTuple):
+    """A file, what it shows (for those who do not see it), and what is written below it."""
+
+    file: Path
+    alt: str
+    caption: str
 
 
 class Results:
     """Collects the figures of one evaluation and writes them when it is finished.
 
     ``results.json`` and ``results.csv`` hold each metric with its 95 % interval over patients,
-    ``predictions.csv`` each cine's, by salted id. The same checkpoint and data give the same
-    bytes.
+    ``predictions.csv`` each cine's, by salted id, ``report.html`` all of it to look at. The same
+    checkpoint and data give the same bytes.
+
+    Attributes:
+        cines: for the page's players.
+        retrieval: for the page, queries with the cases that are nearest to them.
 
     Args:
         task: "knn", "lvef", ...
@@ -54,8 +75,11 @@ class Results:
         self.draws, self.seed = draws, seed
         self.tracking_uri, self.experiment_name = tracking_uri, experiment_name
         self.figures: list[dict[str, Any]] = []
+        self.headlines: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
-        self.pictures: list[Path] = []
+        self.pictures: list[Picture] = []
+        self.cines: list[CineView] = []
+        self.retrieval: list[tuple[Nearest, Sequence[Nearest]]] = []
         self.predictions: list[dict[str, Any]] = []
 
     def add(
@@ -66,6 +90,7 @@ class Results:
         metrics: Metrics,
         *,
         label_fraction: float = 1.0,
+        headlines: Mapping[str, str] | None = None,
     ) -> dict[str, Estimate]:
         """Computes metrics with intervals over the rows' patients and keeps them.
 
@@ -75,6 +100,8 @@ class Results:
             rows: whose samples they are, in the metrics' order.
             metrics: weights (..., M) -> {name: (...)}.
             label_fraction: share of the training labels used.
+            headlines: metric -> its name among those that sum the evaluation up: on top of the
+                page, and in MLflow beside those of the checkpoint's other evaluations.
         """
         patients = patients_of(rows)
         found = estimate(metrics, patients, self.draws, self.seed)
@@ -90,6 +117,8 @@ class Results:
                     "patients": len(set(patients)),
                 }
             )
+            if headlines and name in headlines:
+                self.headlines.append({**self.figures[-1], "name": headlines[name]})
         return found
 
     def predict(
@@ -119,11 +148,22 @@ class Results:
                 }
             )
 
-    def picture(self, name: str) -> Path:
-        """A file for a picture, which also goes to MLflow."""
+    def draw(
+        self, name: str, caption: str, how: Callable[..., str | None], *content: Any, **more: Any
+    ) -> None:
+        """Makes a picture for the page and MLflow.
+
+        Args:
+            name: of the file.
+            caption: written below it.
+            how: (file, *content, **more) writes it and says what it shows; None if it wrote none.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.pictures.append(self.folder / name)
-        return self.pictures[-1]
+        file = self.folder / name
+        file.unlink(missing_ok=True)  # of a run before
+        alt = how(file, *content, **more)
+        if alt is not None:
+            self.pictures.append(Picture(file, alt, caption))
 
     def content(self) -> dict[str, Any]:
         """What results.json holds."""
@@ -143,25 +183,47 @@ class Results:
         for name, rows in (("results.csv", self.figures), ("predictions.csv", self.predictions)):
             table = _csv(rows)
             write_text(self.folder / name, table)
+        self._page()
         print(self.table())
-        print(f"Written: {self.folder.name}/results.json, results.csv, predictions.csv", flush=True)
+        written = "results.json, results.csv, predictions.csv, report.html"
+        print(f"Written: {self.folder.name}/{written}", flush=True)
         if self.tracking_uri:
-            log_run(
+            files = map(self.folder.joinpath, ("report.html", "results.json", "results.csv"))
+            log_evaluation(
                 self.tracking_uri,
                 experiment=self.experiment_name,
-                run_name=unique_run_name(self.task),
-                parameters={"task": self.task, **self.settings},
+                task=self.task,
+                settings=self.settings,
                 metrics=self._flat(),
-                artifacts=[
-                    file
-                    for file in (
-                        *map(self.folder.joinpath, ("results.json", "results.csv")),
-                        *self.pictures,
-                    )
-                    if file.exists()  # a map of three points is not drawn
-                ],
+                headlines=self._headlines(),
+                artifacts=[*files, *(p.file for p in self.pictures)],
             )
         return content
+
+    def _page(self) -> None:
+        """Everything to look at; animations are left out where players show the same."""
+        drawn = {"bootstrap draws": self.draws, "seed": self.seed}
+        about = {**self.settings, **self.facts, **drawn}
+        shown = [p for p in self.pictures if p.file.suffix != ".gif" or not self.cines]
+        write_evaluation_page(
+            self.folder / "report.html",
+            TITLES.get(self.task, self.task.replace("_", " ").capitalize()),
+            self.figures,
+            {k: v for k, v in about.items() if v != {}},  # a checkpoint may tell no training
+            [(p.file, p.alt, p.caption) for p in shown],
+            self.cines,
+            self.retrieval,
+            headlines=self.headlines,
+        )
+
+    def _headlines(self) -> dict[str, float]:
+        """Name -> value of what sums the evaluation up, of the first section that is tested."""
+        first = self.headlines[0]["section"] if self.headlines else ""
+        return {
+            h["name"] if h["section"] == first else f"{h['name']}, {h['section']}": h["value"]
+            for h in self.headlines
+            if h["value"] is not None
+        }
 
     def _flat(self) -> dict[str, float]:
         flat = {}
@@ -186,15 +248,6 @@ class Results:
             labels = "" if share == 1 else f", {100 * share:g} % of the labels"
             lines.append(f"  {section}, {method}{labels}: {'; '.join(figures)}")
         return "\n".join(lines)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text)
-
-    save_atomic(write, path)
 
 
 def _rounded(value: Any) -> Any:

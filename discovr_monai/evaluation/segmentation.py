@@ -6,7 +6,7 @@ frames only, used on every frame.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +38,7 @@ from discovr_monai.evaluation.segmenter import (
     frames_around,
     label_frames,
 )
+from discovr_monai.pages.drawing import SHOWN
 from discovr_monai.types import CineError, DatalistRow
 
 
@@ -106,6 +107,8 @@ class Segmentation:
         fps: of the animations.
         save_head: file to write the head of all labels to, for inference; None for none.
         view: of the training cines, where the datalist does not say; a saved head needs it.
+        start: the head to go on from, of the same kind; None for a new one.
+        after_epoch: is told the loss on the validation section after each epoch.
     """
 
     def __init__(
@@ -132,6 +135,8 @@ class Segmentation:
         fps: float = 15.0,
         save_head: str | Path | None = None,
         view: str | None = None,
+        start: SegmentationHead | None = None,
+        after_epoch: Callable[[float], None] | None = None,
     ) -> None:
         if save_head is not None and (blocks or encoder.branch not in TRAINED):
             raise ValueError("save_head needs a frozen branch of the network: set blocks to 0")
@@ -149,6 +154,7 @@ class Segmentation:
         self.epochs, self.lr, self.weight_decay = epochs, lr, weight_decay
         self.layer_decay, self.batch_size, self.seed, self.fps = layer_decay, batch_size, seed, fps
         self.save_head, self.data = save_head, data
+        self.start, self.after_epoch = start, after_epoch
         if save_head is not None and 1 not in self.label_fractions:
             raise ValueError("save_head needs 1.0 among the label_fractions: a head has all labels")
         both = [*self.rows[train], *self.rows[validation]]
@@ -176,6 +182,7 @@ class Segmentation:
                     label_fraction=fraction,
                     draw=fraction == max(self.label_fractions),
                     fps=self.fps,
+                    read=self._larger,
                 )
         return self.results.finish()
 
@@ -247,6 +254,8 @@ class Segmentation:
         module = self.encoder.module
         classes = len(self.structures) + 1
         head = SegmentationHead(module.token_dim, classes, module.tubelet_size, self.head)
+        if self.start is not None:
+            head.load_state_dict(self.start.state_dict())
         network = Segmenter(
             module,
             head,
@@ -268,7 +277,10 @@ class Segmentation:
             for batch in checks:
                 inputs, labels = self._prepare(batch)
                 found.append(float(loss(full(network(inputs), labels), labels)) * len(labels))
-            return sum(found) / len(held)
+            figure = sum(found) / len(held)
+            if self.after_epoch is not None:
+                self.after_epoch(figure)
+            return figure
 
         fit(
             network,
@@ -307,6 +319,12 @@ class Segmentation:
         write_head(self.save_head, about, parts)
 
     # ---- testing -------------------------------------------------------------------------
+
+    def _larger(self, row: DatalistRow) -> np.ndarray:
+        """(T, s, s) uint8: a cine as large as a page shows it."""
+        loader = self.loader
+        other = LoadCined(root=loader.root, size=SHOWN, sector=loader.sector)
+        return np.asarray(other(cast(dict, row))["image"][0])
 
     def _cases(self, network: Segmenter, rows: Sequence[DatalistRow], section: str) -> list[Case]:
         return [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from discovr_monai.evaluation.contours import (
 from discovr_monai.evaluation.plots import draw_agreement, draw_curves, save_overlay
 from discovr_monai.evaluation.results import Results
 from discovr_monai.evaluation.statistics import mean_metric, regression_metrics
+from discovr_monai.pages.charts import metric_name
+from discovr_monai.pages.drawing import resize_labels
+from discovr_monai.pages.page import CineView
 from discovr_monai.types import DatalistRow
 
 PHASES = {"ED": "ed_frame", "ES": "es_frame"}
@@ -95,22 +98,31 @@ def report(
     label_fraction: float = 1.0,
     draw: bool = True,
     fps: float = 15.0,
+    read: Callable[[DatalistRow], np.ndarray] | None = None,
 ) -> None:
     """Adds everything that is to be said of a section's cines.
 
     Dice, HD95 and ASSD at ED, at ES and over all labelled frames of a cine, beside the Dice that
     the token grid allows; EF by Simpson's rule from the labelled frames and from the whole curve,
     where the datalist knows the EF.
+
+    Args:
+        grid: rows and columns of tokens.
+        draw: whether to make pictures, fps: of the animations.
+        read: a cine's frames (T, s, s) for the page, larger than the network sees them.
     """
     unit = "mm" if all(c.row.get("spacing") for c in cases) else "pixels"
+    if unit == "pixels":  # all of them: a mean of both would be neither
+        cases = [replace(c, row={**c.row, "spacing": None}) for c in cases]  # type: ignore[typeddict-item]
     phases = [*PHASES, "all"] if any(c.labelled() for c in cases) else ["all"]
     scores = {phase: [_case_figures(c, phase, structures) for c in cases] for phase in phases}
     limit = {phase: [_case_ceiling(c, phase, structures, grid) for c in cases] for phase in phases}
-    rows = [c.row for c in cases]
+    rows, whole = [c.row for c in cases], label_fraction == 1
     for phase in phases:
         for name, found in ((method, scores[phase]), ("grid ceiling", limit[phase])):
-            if name == "grid ceiling" and label_fraction != 1:
+            if name == "grid ceiling" and not whole:
                 continue
+            main = whole and (name, phase) == (method, "all")
             table = {key: np.array([f[key] for f in found]) for key in found[0]}
             results.add(
                 section,
@@ -118,12 +130,13 @@ def report(
                 rows,
                 lambda w, t=table: {_named(k, unit): mean_metric(v, w) for k, v in t.items()},  # type: ignore[misc]
                 label_fraction=label_fraction,
+                headlines={"dice_mean": "Dice"} if main else None,
             )
     lv = {f"dice_{p}": np.array([f[f"dice_{structures[0]}"] for f in scores[p]]) for p in phases}
     results.predict(section, method, rows, label_fraction, **lv)
     _ejection_fractions(results, section, method, cases, label_fraction, draw)
     if draw:
-        _pictures(results, section, cases, lv["dice_all"], structures, fps)
+        _pictures(results, section, cases, lv["dice_all"], structures, fps, read)
 
 
 def _named(key: str, unit: str) -> str:
@@ -203,8 +216,9 @@ def _ejection_fractions(
             label_fraction=label_fraction,
         )
         if draw:
-            path = results.picture(f"{section}_ef_{name.replace(' ', '_')}.png")
-            draw_agreement(path, t, p, "EF", "%")
+            file = f"{section}_ef_{name.replace(' ', '_')}.png"
+            caption = f"{section}: EF by Simpson's rule from the {name}, against the truth."
+            results.draw(file, caption, draw_agreement, t, p, "EF", "%")
 
 
 def _pictures(
@@ -214,8 +228,9 @@ def _pictures(
     scores: np.ndarray,
     structures: Sequence[str],
     fps: float,
+    read: Callable[[DatalistRow], np.ndarray] | None,
 ) -> None:
-    """Best, median and worst: overlay animations and areas over time."""
+    """Best, median and worst: players, overlay animations and areas over time."""
     order = [int(i) for i in np.argsort(-scores, kind="stable") if np.isfinite(scores[i])]
     if not order:
         return
@@ -224,12 +239,43 @@ def _pictures(
     for name, index in chosen.items():
         case = cases[index]
         frames = case.picture[case.frames]
-        save_overlay(
-            results.picture(f"{section}_{name}.gif"), frames, case.predicted, case.truth, fps
-        )
+        words = f"{section}, {name} Dice of the {metric_name(structures[0])}"
+        draw = (save_overlay, frames, case.predicted, case.truth, fps)
+        results.draw(f"{section}_{name}.gif", words, *draw)
+        larger = case.picture if read is None else read(case.row)
+        results.cines.append(_view(case, larger, words, float(scores[index]), structures))
         seconds = np.array(case.frames) / (case.fps or 1.0)
         area = (case.predicted == 1).sum((1, 2)) * float(np.prod(case.spacing())) / 100
         curves[f"{name} (Dice {scores[index]:.2f})"] = (seconds, area)
     unit = "cm$^2$" if all(c.row.get("spacing") for c in cases) else "pixels / 100"
-    path = results.picture(f"{section}_area_time.png")
-    draw_curves(path, curves, f"{structures[0].replace('_', ' ')} area ({unit})")
+    what = f"{structures[0].replace('_', ' ')} area"
+    caption = f"{section}: {what} over time, predicted."
+    results.draw(f"{section}_area_time.png", caption, draw_curves, curves, f"{what} ({unit})")
+
+
+def _view(
+    case: Case, larger: np.ndarray, words: str, score: float, structures: Sequence[str]
+) -> CineView:
+    """A case for the page, with its true contours beside the predicted ones."""
+    frames = np.ascontiguousarray(larger[case.frames])
+    side, spacing = frames.shape[1], case.row.get("spacing")
+    scale = case.predicted.shape[1] / side
+    at, whole = case.labelled(), len(case.frames) == len(case.picture)
+    known = case.truth.any((1, 2))
+    facts = {"Cine": case.row["id"], f"Dice {metric_name(structures[0])}": f"{score:.2f}"}
+    if case.row.get("ef") is not None:
+        facts["True EF"] = f"{case.row['ef']:.0f} %"
+        if whole and len(case.frames) > 2:
+            facts["EF from contours"] = f"{ejection_fraction(case.volumes()):.0f} %"
+    return CineView(
+        title=words[:1].upper() + words[1:],
+        frames=frames,
+        fps=case.fps if whole else None,
+        labels=resize_labels(case.predicted, side),
+        reference=resize_labels(case.truth, side) if known.any() else None,
+        structures=[metric_name(s) for s in structures],
+        spacing=(scale * float(spacing[0]), scale * float(spacing[1])) if spacing else None,
+        ed=at.get("ED"),
+        es=at.get("ES"),
+        facts=facts,
+    )

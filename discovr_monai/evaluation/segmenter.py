@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from discovr_monai.data.transforms import SampleClipd
 from discovr_monai.evaluation.encoders import Backbone, FrozenEncoder
 from discovr_monai.evaluation.fitting import last_blocks, scaled_groups
-from discovr_monai.types import CineError
 
 HEADS = ("linear", "conv")
 
@@ -162,12 +162,21 @@ def clip_stride(clip: Mapping[str, Any], num_frames: int, fps: float | None, nam
     Raises:
         CineError: by time, and the frame rate is unknown.
     """
-    if clip["stride"] is not None:
-        return float(clip["stride"])
-    fps = fps or clip["default_fps"]
-    if not fps:
-        raise CineError(name, "its frame rate is unknown", "Give fps in the datalist")
-    return float(clip["duration"] * fps / num_frames)
+    known = {key: clip[key] for key in ("stride", "duration", "default_fps")}
+    return SampleClipd(num_frames=num_frames, **known).stride_of(fps, name)
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """(F, C, H, W) logits -> (F, H, W) the class that wins."""
+    return logits.argmax(1)
+
+
+def percent_sure(logits: Tensor) -> Tensor:
+    """(F, C, H, W) logits -> (F, H, W) percent, the probability of the class that wins.
+
+    From 100 / C (any class might be right) to 100.
+    """
+    return (100 * logits.softmax(1).amax(1)).round()
 
 
 def label_frames(
@@ -177,8 +186,9 @@ def label_frames(
     size: int,
     prepare: Callable[[dict[str, Any]], Tensor],
     batch_size: int,
+    read: Callable[[Tensor], Tensor] = most_likely,
 ) -> np.ndarray:
-    """Label maps of a cine's frames.
+    """Label maps of a cine's frames, or how sure they are.
 
     Args:
         cine: (C, T, S, S) uint8.
@@ -186,6 +196,7 @@ def label_frames(
         size: side of the maps.
         prepare: {"image": (B, C, num_frames, S, S) uint8} -> the network's input.
         batch_size: clips at once.
+        read: :func:`most_likely` or :func:`percent_sure`.
 
     Returns:
         (T, size, size) uint8; 0 where no clip wanted the frame.
@@ -197,5 +208,5 @@ def label_frames(
         logits = network.every_frame(prepare({"image": images}))
         for (frames, wanted), maps in zip(chunk, logits, strict=True):
             found = F.interpolate(maps[wanted], (size,) * 2, mode="bilinear", align_corners=False)
-            out[frames[wanted]] = found.argmax(1).byte().cpu().numpy()
+            out[frames[wanted]] = read(found).byte().cpu().numpy()
     return out

@@ -206,6 +206,22 @@ def test_bad_rows(build, change, message):
         build(change).run()
 
 
+def test_millimetres_and_pixels_are_not_averaged(build):
+    known = iter(range(1000))
+
+    def some(row):
+        return row if next(known) % 2 else {k: v for k, v in row.items() if k != "spacing"}
+
+    mixed = build(some, epochs=1, every_frame=False).run()
+    none = build(lambda r: {k: v for k, v in r.items() if k != "spacing"}, epochs=1,
+                 every_frame=False).run()  # fmt: skip
+    figures = [
+        {r["metric"]: r["value"] for r in c["results"] if r["method"] == "linear head, all"}
+        for c in (mixed, none)
+    ]
+    assert "hd95_lv_cavity_pixels" in figures[0] and figures[0] == figures[1]
+
+
 def test_a_label_that_no_structure_names(build):
     with pytest.raises(CineError, match="is none of the 1 structures"):
         build(structures=["lv_cavity"]).run()

@@ -21,6 +21,7 @@ from discovr_monai.evaluation.features import (
 )
 from discovr_monai.evaluation.knn import KNN, knn_scores
 from discovr_monai.evaluation.lvef import LVEF
+from discovr_monai.evaluation.nearest import telling_cases
 from discovr_monai.evaluation.probe import AttentiveHead, LinearProbe, fit_logistic
 from discovr_monai.evaluation.results import Results
 from discovr_monai.weights import CheckpointError
@@ -51,6 +52,7 @@ def made_up(strength: float = 3.0, tokens: bool = False, **rows_of) -> SimpleNam
         encoder=SimpleNamespace(device=torch.device("cpu"), branch="video_teacher", module=None),
     )  # fmt: skip
     fake.sections = sections
+    fake.thumbnail = lambda row: np.full((8, 8), 100, np.uint8)
     return fake
 
 
@@ -107,6 +109,24 @@ def test_separable_features_are_classified(results):
     assert (results.folder / "test_confusion.png").exists()
 
 
+def test_the_report_says_it_all_without_names(results):
+    results.settings = {"branch": "video_teacher", "training": {"preset": "demo"}}
+    KNN(features(), results, classes=CLASSES, k=[1, 5]).run()
+    page = (results.folder / "report.html").read_text()
+    assert page.count('class="query"') == 2  # nothing was called wrongly
+    assert "normal: 30 of 30 right; abnormal: 30 of 30 right." in page
+    for word in ("kNN macro F1", "training.preset", "abnormal, called so", "k=5"):
+        assert word in page, word
+    assert ".avi" not in page
+    assert [h["method"] for h in results.headlines] == ["k=5", "k=5"]
+
+
+def test_telling_cases_are_of_each_class_and_wrong_ones():
+    truth = np.array([0, 0, 1, 1, 0])
+    sure = np.array([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.7, 0.3], [0.4, 0.6]])
+    assert telling_cases(truth, sure) == [0, 2, 3, 4]
+
+
 def test_k_beyond_the_bank(results):
     with pytest.raises(ValueError, match="k 81 needs 1 to 80 labelled cines"):
         KNN(features(), results, classes=CLASSES, k=[81]).run()
@@ -129,7 +149,7 @@ def test_c_is_chosen_on_validation():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(30, 200)), rng.integers(0, 2, 30)  # nothing to learn: shrink
     _, chosen = fit_logistic(
-        x, y, rng.normal(size=(60, 200)), rng.integers(0, 2, 60), [1e-4, 1, 100]
+        x, y, rng.normal(size=(60, 200)), rng.integers(0, 2, 60), [1e-4, 1, 100], 2
     )
     assert chosen == 1e-4
 
@@ -156,6 +176,41 @@ def test_subsets_are_nested_and_hold_every_class():
     assert len(subset_by_patient(rows, 1e-3, 0, labels)) >= 1
     with pytest.raises(ValueError, match=r"label fraction 0 must lie in \(0, 1\]"):
         subset_by_patient(rows, 0, 0)
+
+
+def test_a_class_on_later_rows_only_is_kept_and_has_its_column():
+    rows = [{"image": f"{i}", "patient": f"p{i // 2}"} for i in range(40)]
+    labels = np.arange(40) % 2  # every patient's first row is of class 0, the second of class 1
+    labels[[7, 21]] = 2
+    small, large = (subset_by_patient(rows, f, 0, labels) for f in (0.05, 0.3))
+    assert set(labels[small]) == {0, 1, 2} and set(small) <= set(large)
+    x = np.eye(4)[labels[labels != 1]]  # of three classes, the middle one is missing
+    predict, _ = fit_logistic(x, labels[labels != 1], np.eye(4)[:3], np.arange(3), [1.0], 3)
+    found = predict(np.eye(4)[:3])
+    assert found.shape == (3, 3) and found.argmax(1)[[0, 2]].tolist() == [0, 2]
+    assert (found[:, 1] == 0).all()
+
+
+def test_a_diverged_training_is_no_result():
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from discovr_monai.evaluation.fitting import fit
+
+    head = torch.nn.Linear(2, 1)
+    data = TensorDataset(torch.full((4, 2), torch.inf), torch.zeros(4, 1))
+    with pytest.raises(
+        ValueError, match=r"diverged: no epoch's loss was a number. Lower lr \(0.1\)"
+    ):
+        fit(
+            head,
+            [{"params": list(head.parameters()), "lr_scale": 1.0}],
+            DataLoader(data, 2),
+            prepare=lambda batch, device, non_blocking, **_: (batch[0], batch[1]),
+            loss=torch.nn.functional.mse_loss,
+            validate=lambda: float(head(data.tensors[0]).mean()),
+            epochs=2,
+            lr=0.1,
+        )
 
 
 def test_an_attentive_probe_needs_tokens(results):
