@@ -1,0 +1,1 @@
+"""What MONAI Label loads by its path."""

@@ -1,0 +1,159 @@
+"""Agreement of tags, agreement of versions, and plausibility as MONAI Label's scorings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.scoring import ScoringMethod
+
+from discovr_monai.data.label_writer import full_frame_labels
+from discovr_monai.files import write_text
+from discovr_monai.label.labels import FINAL, PROPOSED, labels_of
+from discovr_monai.label.names import check_tag
+from discovr_monai.label.plausibility import agreement, plausibility
+from discovr_monai.label.tasks import Reads
+from discovr_monai.label.versions import Versions
+
+
+class TagAgreement(ScoringMethod):
+    """Dice between the labels of two tags, written to the first tag's label as "dice_OTHER".
+
+    Args:
+        structures: names of labels 1, 2, ...
+    """
+
+    def __init__(self, structures: Sequence[str]) -> None:
+        super().__init__("Dice between two tags, such as final and what a version proposed")
+        self.structures = list(structures)
+
+    def config(self) -> dict[str, Any]:
+        """Which two tags."""
+        return {"y": FINAL, "y_pred": PROPOSED}
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """{"cines": how many have both, NAME: mean Dice}; request: "y", "y_pred"."""
+        y = check_tag(str(request.get("y") or FINAL))
+        other = check_tag(str(request.get("y_pred") or PROPOSED))
+        found: dict[str, list[float]] = {}
+        both = sorted({*datastore.get_labeled_images(y)} & {*datastore.get_labeled_images(other)})
+        for identity in both:
+            a, b = labels_of(datastore, identity, y), labels_of(datastore, identity, other)
+            names = {
+                self.structures[v - 1]: d for v, d in agreement(a, b, len(self.structures)).items()
+            }
+            datastore.update_label_info(identity, y, {f"dice_{other}": names})
+            for name, value in names.items():
+                found.setdefault(name, []).append(value)
+        return {"cines": len(both), **{k: float(np.mean(v)) for k, v in found.items()}}
+
+
+class VersionAgreement(ScoringMethod):
+    """Dice between the contours of two versions of the model, on the cines with final labels.
+
+    Both are run on every cine, and compared on all frames with each other, on the drawn frames
+    with what was drawn.
+
+    Args:
+        server: cines and versions.
+        versions: of the model that is served.
+    """
+
+    def __init__(self, server: Reads, versions: Versions) -> None:
+        super().__init__("Dice between two versions of the model, and of each with the labels")
+        self.server, self.versions = server, versions
+
+    def config(self) -> dict[str, Any]:
+        """Which two; "" is the one that serves, and the one before it."""
+        return {"version": "", "other": ""}
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """{"cines", "version", "other", "between", "version_dice", "other_dice"}: NAME -> Dice.
+
+        Raises:
+            ValueError: for a version that there is not.
+        """
+        served = self.versions.history
+        pair = (
+            _version(request.get("version"), served[-1]),
+            _version(request.get("other"), served[-2] if len(served) > 1 else served[0]),
+        )
+        analysts = [self.server.at(number) for number in pair]
+        names = analysts[0].model.structures
+        found: dict[str, list[dict[int, float]]] = {"between": [], "version": [], "other": []}
+        for identity in sorted(datastore.get_labeled_images(FINAL)):
+            drawn = labels_of(datastore, identity, FINAL)
+            there = drawn.any((1, 2))
+            seen = self.server.read(identity)
+            maps = [full_frame_labels(a.frame_maps(seen), seen.window) for a in analysts]
+            dices = {"between": agreement(maps[0], maps[1], len(names))}
+            for key, own in zip(("version", "other"), maps, strict=True):
+                dices[key] = agreement(drawn[there], own[there], len(names))
+            for key, values in dices.items():
+                found[key].append(values)
+        means = {
+            key: {
+                name: float(np.mean([v[n] for v in values if n in v]))
+                for n, name in enumerate(names, 1)
+                if any(n in v for v in values)
+            }
+            for key, values in found.items()
+        }
+        told = {"cines": len(found["between"]), "version": pair[0], "other": pair[1],
+                "between": means["between"], "version_dice": means["version"],
+                "other_dice": means["other"]}  # fmt: skip
+        write_text(self.versions.folder / "compared.json", json.dumps(told))
+        return told
+
+
+def _version(value: Any, default: int) -> int:
+    try:
+        return default if value in (None, "") else int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"version {str(value)[:20]!r} must be a number") from None
+
+
+class LabelPlausibility(ScoringMethod):
+    """What is doubtful in a label, frame by frame, written to the label as "plausibility"."""
+
+    def __init__(self) -> None:
+        super().__init__("Whole parts, a smooth area over time, an EF that hearts have")
+
+    def config(self) -> dict[str, Any]:
+        """Which tag."""
+        return {"y": FINAL}
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """{"cines", "score": mean, "doubtful": ids with a reason}; request: "y", the tag."""
+        tag = check_tag(str(request.get("y") or FINAL))
+        scores, doubtful = [], []
+        for identity in sorted(datastore.get_labeled_images(tag)):
+            labels = labels_of(datastore, identity, tag)
+            if not labels.any():
+                continue
+            found = plausibility(labels)
+            told: dict[str, Any] = {"score": found.score}
+            told["frames"] = {str(t): why for t, why in found.reasons.items()}
+            if math.isfinite(found.ef):
+                told |= {"ef": found.ef, "roughness": found.roughness}
+            datastore.update_label_info(identity, tag, {"plausibility": told})
+            scores.append(found.score)
+            if found.reasons or found.ef_out_of_range:
+                doubtful.append(identity)
+        mean = float(np.mean(scores)) if scores else 0.0
+        return {"cines": len(scores), "score": mean, "doubtful": doubtful}
+
+
+def scorings(server: Reads, versions: Versions) -> dict[str, ScoringMethod]:
+    """Scorings by name, if there is a head to score."""
+    if "segmentation" not in server.model.heads:
+        return {}
+    return {
+        "dice": TagAgreement(server.model.structures),
+        "plausibility": LabelPlausibility(),
+        "versions": VersionAgreement(server, versions),
+    }

@@ -1,0 +1,215 @@
+"""The algorithms as MONAI Label's tasks, over a folder of presented cines."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("monailabel", reason="MONAI Label is not installed (make label)")
+
+from discovr_monai.data.transforms import LoadCined
+from discovr_monai.inference.findings import Analyst
+from discovr_monai.inference.model import load_model
+from discovr_monai.inference.reading import CineReader
+from discovr_monai.label import propagation, tasks
+from discovr_monai.label.routes import task_keys
+from discovr_monai.label.scoring import scorings
+from discovr_monai.label.versions import Versions
+from tests.label.models import write_cines, write_model
+
+
+class Store:
+    """The parts of a datastore that tasks use."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.info = root, {}
+
+    def list_images(self):
+        return [p.name.removesuffix(".nii.gz") for p in self.root.glob("*.nii.gz")]
+
+    def get_labeled_images(self, tag):
+        return [p.name.removesuffix(".nii.gz") for p in self.root.glob(f"labels/{tag}/*.nii.gz")]
+
+    def get_image_uri(self, identity):
+        return str(self.root / f"{identity}.nii.gz")
+
+    def get_label_uri(self, identity, tag):
+        return str(self.root / "labels" / tag / f"{identity}.nii.gz")
+
+    def update_label_info(self, identity, tag, info):
+        self.info.setdefault((identity, tag), {}).update(info)
+
+
+@pytest.fixture
+def place(tmp_path) -> SimpleNamespace:
+    root = tmp_path / "work"
+    write_cines(root, 10)
+    model = load_model(write_model(tmp_path / "model.pt"))
+    cines = LoadCined(root=root, size=32, sector=False)
+    reader = CineReader(cines, 4, model.about["clip"], 2, 0.5, b"salt" * 8)
+
+    def read(identity, view=None):
+        found = reader({"image": f"{identity}.nii.gz", "id": identity})
+        if "bad" in found:
+            raise ValueError(found["bad"][1])
+        return found["seen"]
+
+    versions = Versions(tmp_path / "versions", tmp_path / "model.pt")
+
+    def at(version):
+        return Analyst(load_model(versions.checked_path(version)), torch.device("cpu"))
+
+    server = SimpleNamespace(model=model, cines=cines, read=read, at=at, ready=at(0).ready)
+    server.facts = lambda identity: {"view": "A4C", "patient": f"p{identity}"}
+    server.limited = lambda: nullcontext(lambda: None)
+    return SimpleNamespace(root=root, server=server, store=Store(root), versions=versions)
+
+
+def maps(file: str | Path) -> np.ndarray:
+    return np.asarray(nibabel.load(file).dataobj).T
+
+
+@pytest.fixture(autouse=True)
+def no_flow(monkeypatch):
+    monkeypatch.setattr(propagation, "lucas_kanade", lambda a, b: np.zeros((2, *a.shape)))
+
+
+def test_propagation_fills_every_frame_and_keeps_the_drawn(place):
+    task = tasks.infer_tasks(place.server)["discovr_propagation"]
+    assert task.info()["type"] == "segmentation"  # what 3D Slicer runs on a whole cine
+    image = place.store.get_image_uri("c00")
+    file, params = task({"image": image})
+    drawn, found = maps(place.store.get_label_uri("c00", "final")), maps(file)
+    assert params["drawn"] == [1, 5] and found.any((1, 2)).all()
+    assert (found[[1, 5]] == drawn[[1, 5]]).all()
+    assert (nibabel.load(file).affine == nibabel.load(image).affine).all()
+    one, params = task({"image": image, "frames": "5"})
+    assert params["drawn"] == [5] and (maps(one)[5] == drawn[5]).all()
+    for f in (file, one):
+        Path(f).unlink()
+
+
+def test_propagation_takes_sent_labels_and_no_other_file(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    task = tasks.CinePropagation(place.server)
+    image = place.store.get_image_uri("c01")
+    sent = tmp_path / "sent.nii.gz"
+    sent.write_bytes(Path(place.store.get_label_uri("c01", "final")).read_bytes())
+    file, _ = task({"image": image, "label": str(sent)})
+    assert maps(file).any((1, 2)).all()
+    with pytest.raises(ValueError, match="no file that was sent"):
+        task({"image": image, "label": place.store.get_label_uri("c01", "final")})
+    with pytest.raises(ValueError, match="must be frames with a label"):
+        task({"image": image, "frames": "0"})
+    Path(place.store.get_label_uri("c01", "final")).unlink()
+    with pytest.raises(ValueError, match="nothing is drawn in this cine"):
+        task({"image": image})
+
+
+def test_strategies_name_unlabelled_cines_only(place):
+    known = tasks.strategies(place.server)
+    assert set(known) == {"coverage", "uncertainty", "both", "random"}
+    for name in ("c02", "c04"):
+        Path(place.store.get_label_uri(name, "final")).unlink()
+    (place.root / "c04.nii.gz").write_bytes(b"damaged")
+    for name in ("coverage", "uncertainty", "both"):
+        assert known[name]({}, place.store)["id"] == "c02"  # c04 cannot be shown
+    assert known["random"]({}, place.store)["id"] in ("c02", "c04")
+    write = Path(place.store.get_label_uri("c02", "final"))
+    write.write_bytes(b"")
+    assert known["coverage"]({}, place.store) is None
+
+
+def test_a_choice_takes_its_time_and_no_more(place):
+    looks = tasks.Looks(place.server, seconds=0)
+    for name in ("c07", "c08", "c09"):
+        Path(place.store.get_label_uri(name, "final")).unlink()
+    strategy = tasks.NextCine("coverage", looks)
+    found = [strategy({}, place.store) for _ in range(10)]
+    assert [f["seen"] for f in found] == list(range(1, 11))  # one more each time
+    assert all(f["of"] == 10 and f["id"] in ("c07", "c08", "c09") for f in found)
+    place.server.model.sha256 = "another"
+    assert strategy({}, place.store)["seen"] == 1  # a new version is asked anew
+
+
+def test_training_is_reported_and_scored(place):
+    task = tasks.trainers(place.server, place.versions, None)["discovr_segmentation"]
+    found = task({"epochs": 6, "lr": 0.05, "part": ["head", "decoder"], "x": "$evil"}, place.store)
+    stats = task.stats()
+    assert found["version"] == 1 and found["promoted"] and stats["current"] == 1
+    assert stats["training"]["state"] == "done"
+    assert stats["versions"]["1"]["dice_mean"] == found["scores"]["dice_mean"]
+    assert set(task.config()) == {"part", "blocks", "epochs", "lr"}
+    # 3D Slicer's two bars: epochs done, and the Dice of what serves
+    task._say({"state": "running", "epoch": 3, "epochs": 6})
+    stats = task.stats()
+    assert (stats["epoch"], stats["total_epochs"]) == (3, 6)
+    assert stats["best_metric"] == found["scores"]["dice_mean"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"epochs": "many"}, "invalid literal"),
+        ({"epochs": 0}, "out of range"),
+        ({"lr": None}, "lr is"),
+    ],
+)
+def test_senseless_trainings_are_refused(place, request_, said):
+    task = tasks.Finetuning(place.server, place.versions, None)
+    with pytest.raises(ValueError, match=said):
+        task(request_, place.store)
+    assert place.versions.current == 0
+
+
+def test_a_failed_training_is_reported(place):
+    for file in place.root.glob("labels/final/*"):
+        file.unlink()
+    task = tasks.Finetuning(place.server, place.versions, None)
+    with pytest.raises(ValueError, match="too few"):
+        task({}, place.store)
+    assert task.stats()["training"]["state"] == "failed" and place.versions.current == 0
+
+
+def test_scorings_write_what_json_holds(place):
+    import json
+
+    known = scorings(place.server, place.versions)
+    (place.root / "labels" / "original").mkdir()
+    own = Path(place.store.get_label_uri("c03", "final"))
+    Path(place.store.get_label_uri("c03", "original")).write_bytes(own.read_bytes())
+    found = known["dice"]({}, place.store)
+    assert found == {"cines": 1, "lv_cavity": 1.0, "myocardium": 1.0}
+    assert place.store.info[("c03", "final")]["dice_original"]["lv_cavity"] == 1.0
+    judged = known["plausibility"]({"y": "final"}, place.store)
+    assert judged["cines"] == 10 and judged["score"] == 1
+    assert known["plausibility"]({"y": "original"}, place.store)["cines"] == 1
+    assert known["dice"]({"y": "original", "y_pred": "final"}, place.store)["cines"] == 1
+    assert place.store.info[("c03", "final")]["plausibility"]["score"] == 1
+    json.dumps([found, judged, list(place.store.info.values())])
+    app = SimpleNamespace(_scoring_methods=known)  # what the server lets through
+    for method, options in (("dice", {"y", "y_pred"}), ("plausibility", {"y"})):
+        assert options <= task_keys(app, "/scoring/{method}", {"method": method})
+
+
+def test_two_versions_are_compared_by_running_both(place):
+    trainer = tasks.trainers(place.server, place.versions, None)["discovr_segmentation"]
+    trainer({"epochs": 6, "lr": 0.05}, place.store)
+    score = scorings(place.server, place.versions)["versions"]
+    found = score({}, place.store)
+    assert (found["cines"], found["version"], found["other"]) == (10, 1, 0)
+    assert found["version_dice"]["lv_cavity"] > found["other_dice"].get("lv_cavity", 0) + 0.2
+    same = score({"version": 1, "other": "1"}, place.store)
+    assert same["between"]["lv_cavity"] == 1 and same["version_dice"] == same["other_dice"]
+    assert trainer.stats()["compared"] == same
+    with pytest.raises(ValueError, match="no version 7: there are"):
+        score({"version": 7}, place.store)
+    with pytest.raises(ValueError, match="must be a number"):
+        score({"other": "new"}, place.store)
