@@ -17,8 +17,8 @@ from PIL import Image
 
 from discovr_monai.data.phantom import simulate_cine
 from discovr_monai.pages import drawing
-from discovr_monai.pages.charts import draw_curve, metric_name, metric_tables
-from discovr_monai.pages.drawing import draw_sheets, outlines
+from discovr_monai.pages.charts import draw_curve, headlines_of, metric_name, metric_tables
+from discovr_monai.pages.drawing import draw_sheets, outlines, resize_labels
 from discovr_monai.pages.page import CineView, Nearest, write_evaluation_page, write_study_page
 
 GREY = np.zeros((4, 8, 8), np.uint8)
@@ -137,7 +137,28 @@ def test_curve_spans_the_box():
     assert curve.marks == [("ED", 0, 0, "start"), ("ES", 100, 100, "end")]
 
 
+def test_the_true_area_is_drawn_where_it_is_known():
+    true = np.array([20.0, np.nan, 10.0, 15.0])
+    curve = draw_curve(np.array([10.0, 5.0, 5.0, 0.0]), None, {}, true)
+    assert curve.top == 20
+    assert curve.truth == ["0,0 0,0", "667,500 1000,250"]  # a dot, a line
+    assert draw_curve(np.ones(3), None, {}).truth == []
+    labels = np.zeros_like(GREY)
+    labels[0, :2, :2] = 1
+    view = CineView("a", GREY, labels=labels, reference=labels, structures=["lv"])
+    np.testing.assert_array_equal(view.true_area, [4, np.nan, np.nan, np.nan])
+
+
+def test_labels_are_resized_by_the_nearest():
+    small = np.array([[[0, 1], [2, 3]]], np.uint8)
+    large = resize_labels(small, 6)
+    np.testing.assert_array_equal(large, small.repeat(3, 1).repeat(3, 2))
+    np.testing.assert_array_equal(resize_labels(large, 2), small)
+
+
 def test_curve_of_unknown_rate_counts_frames_from_one():
+    for frames in (2, 3, 7):  # no half frames
+        assert all(t.text.isdigit() for t in draw_curve(np.ones(frames), None, {}).x_ticks)
     ticks = draw_curve(np.ones(11), None, {}).x_ticks
     assert all(t.at == pytest.approx((float(t.text) - 1) * 10) for t in ticks)
     assert ticks
@@ -196,6 +217,20 @@ def test_undefined_figures_and_shares_of_labels():
     assert metric_tables([figure(), figure(samples=3)])[0].groups[0].rows[1].count == "3 cines"
 
 
+def test_headlines_are_shown_with_their_interval():
+    one, two = headlines_of(
+        [
+            figure(value=5.04, low=4.0, high=7.0, name="EF MAE"),
+            figure("r2", 0.5, None, None, name="EF R2"),
+            figure("f1", None, name="F1"),
+        ]
+    )
+    assert (one.name, one.value, one.interval, one.about) == (
+        "EF MAE", "5.04", "4.00 to 7.00", "test, ridge",
+    )  # fmt: skip
+    assert (two.value, two.interval) == ("0.500", "")
+
+
 @pytest.mark.parametrize(
     ("key", "name"),
     [
@@ -221,6 +256,9 @@ def test_metric_names(key, name):
         ({"labels": GREY[:2], "structures": ["lv"]}, r"labels \(2, 8, 8\) are not of the frames' \(4, 8, 8\)"),
         ({"labels": GREY}, "0 structures are named, of 1 to 6"),
         ({"labels": GREY + 2, "structures": ["lv"]}, "label 2 has no name"),
+        ({"reference": GREY}, "there is a reference, but no labels"),
+        ({"labels": GREY, "reference": GREY[:2], "structures": ["lv"]}, r"reference \(2, 8, 8\) is of another"),
+        ({"labels": GREY, "reference": GREY + 2, "structures": ["lv"]}, "label 2 of the reference has no name"),
         ({"labels": GREY, "structures": ["lv"], "contours_withheld": "why"}, "both given and withheld"),
         ({"ef": (50, 40, 60), "ef_withheld": "why"}, "the EF is both given and withheld"),
         ({"ef": (50, 55, 60)}, "EF 50 does not lie in its interval 55 to 60"),

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from discovr_monai.data.phantom import simulate_cine
+from discovr_monai.notice import NOTICE
 from discovr_monai.pages.page import (
-    NOTICE,
     CineView,
     Nearest,
     write_evaluation_page,
@@ -85,7 +85,9 @@ def pages(tmp_path_factory) -> Path:
         folder / "evaluation.html", "Ejection fraction", figures,
         {"branch": "video_teacher", "clip": {"size": 64}},
         [(animation.getvalue(), "a beating heart", "Best."), (still.getvalue(), "dots", "ROC.")],
-        views[:1], [(Nearest("query", None, cine.frames[0]), cases)],
+        [grey_cine(reference=np.roll(views[0].labels, 4, axis=2))],
+        [(Nearest("query", None, cine.frames[0]), cases)],
+        headlines=[{**figures[0], "name": "EF MAE"}],
     )  # fmt: skip
     harm = grey_cine(
         HOSTILE, structures=(HOSTILE,), facts={HOSTILE: HOSTILE}, ef_withheld=HOSTILE,
@@ -103,7 +105,7 @@ def pages(tmp_path_factory) -> Path:
     write_evaluation_page(
         folder / "harm_evaluation.html", HOSTILE, [figure], {HOSTILE: {HOSTILE: [HOSTILE]}},
         [(still.getvalue(), HOSTILE, HOSTILE)], [harm], [(harm.nearest[0], harm.nearest)],
-        notice=HOSTILE,
+        headlines=[{**figure, "name": HOSTILE}], notice=HOSTILE,
     )  # fmt: skip
     return folder
 
@@ -188,6 +190,23 @@ def test_the_picture_and_its_contour_are_those_of_the_frame(show):
         page.get_by_role("button", name="Contours").click()
         assert page.get_by_role("button", name="Contours").get_attribute("aria-pressed") == "false"
         assert bluest() < 10
+
+
+def test_the_reference_is_dashed_and_can_be_hidden(show):
+    with show("evaluation") as page:
+        page.locator("#cine-1").scroll_into_view_if_needed()
+        page.wait_for_function(DRAWN)
+        edge = np.roll(grey_cine().labels[ED, 30], 4).argmax() / 42  # of the moved disc
+        near = [[edge + d / 400, y / 100] for d in range(-3, 4) for y in range(40, 62, 2)]
+
+        def white() -> int:
+            return max(min(page.evaluate(GREY_AT, place)[:3]) for place in near)
+
+        assert white() > 150
+        page.get_by_role("button", name="Reference").click()
+        assert page.get_by_role("button", name="Reference").get_attribute("aria-pressed") == "false"
+        assert white() < 120
+        assert page.locator(".curve polyline.truth").count() == 1
 
 
 def test_buttons_jump_and_the_phase_is_named(show):
@@ -294,6 +313,9 @@ def test_the_evaluation_lists_every_figure(show):
         row = page.get_by_role("row", name="ridge, 10 % of the labels").first
         assert row.get_by_role("cell").first.inner_text() == "6.00 5.90 to 6.10"
         assert page.get_by_text("not defined").count() == 1
+        said = page.locator(".headlines").inner_text().split("\n")
+        assert said[0] == "EF MAE"
+        assert "5.90 to 6.10" in " ".join(said)
         page.get_by_text("Settings").click()
         assert page.get_by_text("clip.size").is_visible()
         assert page.get_by_alt_text("Query: query").count() == 1

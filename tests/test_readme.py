@@ -14,6 +14,8 @@ TRAIN = "-m monai.bundle run training --config_file configs/train.yaml"
 RUN_BY = {
     "make train": "test_make_train_is_the_bundles_command, .ci/run",
     "make test": ".ci/run",
+    "make mlflow": "test_make_mlflow_serves_the_bundles_store, tests/test_mlflow_browser.py",
+    "make docs": ".ci/run, tests/test_docs_site.py",
     "make train TORCH=cuda": "test_the_cuda_switch",
     "cd bundles/discovr": "tests/bundle",
     f"../../.venv/bin/python {TRAIN} --dataset_dir /your/cines": "test_a_mixed_folder_just_works",
@@ -57,6 +59,18 @@ def test_make_train_is_the_bundles_command():
     assert "download.pytorch.org/whl/cpu torch==2.13.0+cpu" in plan
 
 
+def test_make_mlflow_serves_the_bundles_store():
+    plan = dry_run("mlflow")
+    assert f"cd bundles/discovr && {ROOT}/.venv/bin/discovr-monai mlflow" in plan
+
+
+def test_the_gate_does_what_make_label_does():
+    steps = [line for line in dry_run("label").splitlines() if "pip" in line]
+    assert any("--no-deps monailabel" in step for step in steps)
+    assert set(steps) <= set(dry_run("test").splitlines())  # .ci/run: make lint, make test
+    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
 def test_the_cuda_switch():
     plan = dry_run("train", "TORCH=cuda")
     assert "whl/cpu" not in plan
@@ -98,12 +112,3 @@ def test_a_plain_install_builds(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert "discovr_monai/training/trainer.py" in names
     assert not any(n.startswith("tests/") for n in names)
-
-
-@pytest.mark.parametrize(
-    "page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name
-)
-def test_links_and_pictures_exist(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target

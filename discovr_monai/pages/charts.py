@@ -21,11 +21,17 @@ class Tick:
     text: str
 
 
-def ticks_of(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round numbers from ``low`` or just below to ``high`` or just above."""
+def ticks_of(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+    """About ``count`` round numbers from ``low`` or just below to ``high`` or just above.
+
+    Args:
+        whole: no fractions.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    return [float(v) for v in MaxNLocator(count, steps=[1, 2, 5, 10]).tick_values(low, high)]
+    least = 1 if whole else 2
+    locator = MaxNLocator(count, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=least)
+    return [float(v) for v in locator.tick_values(low, high)]
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Curve:
         x_ticks, y_ticks: in percent from the left and from the top.
         top: area at the upper edge.
         marks: (name, percent from the left, from the top, text-anchor) of ED and ES.
+        truth: lines and dots like ``points``, where the true area is known.
     """
 
     points: str
@@ -44,27 +51,43 @@ class Curve:
     y_ticks: list[Tick]
     top: float
     marks: list[tuple[str, float, float, str]]
+    truth: list[str]
 
 
-def draw_curve(area: np.ndarray, fps: float | None, phases: Mapping[str, int]) -> Curve:
+def draw_curve(
+    area: np.ndarray,
+    fps: float | None,
+    phases: Mapping[str, int],
+    truth: np.ndarray | None = None,
+) -> Curve:
     """(T,) areas over seconds, or over frames where the rate is unknown.
 
     Args:
         phases: "ED" and "ES" -> frame.
+        truth: (T,) true areas, NaN where unknown; None for none.
     """
+    true = np.full(len(area), np.nan) if truth is None else truth
     last = max(len(area) - 1, 1)
-    heights = ticks_of(0, float(area.max()) or 1.0, 4)
+    heights = ticks_of(0, float(np.nanmax([area, true])) or 1.0, 4)
     top = heights[-1]
     x, y = 100 * np.arange(len(area)) / last, 100 - 100 * area / top
+
+    def line(frames: Sequence[int] | np.ndarray, height: np.ndarray) -> str:
+        twice = [*frames, *frames] if len(frames) == 1 else frames  # which draws a dot
+        return " ".join(f"{10 * x[f]:.0f},{10 * height[f]:.0f}" for f in twice)
+
+    known = np.flatnonzero(np.isfinite(true))
+    runs = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if len(known) else []
     end = last / fps if fps else last + 1
     begin = 0 if fps else 1
-    times = [t for t in ticks_of(begin, end, 5) if begin <= t <= end]
+    times = [t for t in ticks_of(begin, end, 5, whole=not fps) if begin <= t <= end]
     return Curve(
-        points=" ".join(f"{10 * a:.0f},{10 * b:.0f}" for a, b in zip(x, y, strict=True)),
+        points=line(range(len(area)), y),
         x_ticks=[Tick(_short(100 * (t - begin) / (end - begin)), f"{t:g}") for t in times],
         y_ticks=[Tick(_short(100 - 100 * v / top), f"{v:g}") for v in heights],
         top=top,
         marks=_marks({name: (_short(x[f]), _short(y[f])) for name, f in phases.items()}),
+        truth=[line(run, 100 - 100 * true / top) for run in runs],
     )
 
 
@@ -81,6 +104,38 @@ def _marks(places: Mapping[str, tuple[float, float]]) -> list[tuple[str, float, 
 
 def _short(value: float) -> float:
     return round(float(value), 2)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure that is shown large: its name and value, and below it interval and method."""
+
+    name: str
+    value: str
+    interval: str
+    about: str
+
+
+def headlines_of(figures: Sequence[Mapping[str, Any]]) -> list[Headline]:
+    """Figures like those of :func:`metric_tables`, with "name", in their order."""
+    found = []
+    for figure in figures:
+        value, low, high = (number(figure[k]) for k in ("value", "low", "high"))
+        if value is None:
+            continue
+        n = _digits(max(abs(v) for v in (value, low, high) if v is not None))
+        ends = "" if low is None or high is None else f"{_text(low, n)} to {_text(high, n)}"
+        about = f"{figure['section']}, {figure['method']}"
+        found.append(Headline(str(figure["name"]), _text(value, n), ends, about))
+    return found
+
+
+def _digits(largest: float) -> int:
+    return 3 if largest <= 2 else 2 if largest <= 10 else 1
+
+
+def _text(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -141,7 +196,7 @@ def _group(name: str, figures: Sequence[Mapping[str, Any]], counted: bool) -> Me
     low, high = (min(drawn), max(drawn)) if drawn else (0.0, 1.0)
     ends = [0.0, 1.0] if low >= 0 and high <= 1 else ticks_of(min(low, 0), max(high, 0), 4)
     begin, end = ends[0], ends[-1]
-    digits = 3 if end - begin <= 2 else 2 if end - begin <= 10 else 1
+    digits = _digits(end - begin)
     shares = any(_share(f) != 1 for f in figures)
 
     def row(figure: Mapping[str, Any]) -> MetricRow:
@@ -155,7 +210,7 @@ def _group(name: str, figures: Sequence[Mapping[str, Any]], counted: bool) -> Me
         )
 
     def text(value: float) -> str:
-        return f"{value:.{digits}f}".replace("-", "−")
+        return _text(value, digits)
 
     def place(value: float | None) -> float | None:
         return None if value is None else _short(100 * (value - begin) / (end - begin))

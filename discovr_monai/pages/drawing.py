@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 QUALITY = 85  # of JPEG
+SHOWN = 256  # pixels per side of a square cine that is read for a page
 LONGEST = 512  # pixels of a frame's longer side; larger frames are made smaller
 SHEET = 4_000_000  # pixels of a sheet of frames, which every browser can hold
 BLOCK = 8  # JPEG codes blocks of 8 x 8: cells of whole blocks do not shine into their neighbours
@@ -86,6 +87,12 @@ def draw_sheets(frames: np.ndarray) -> Sheets:
         grid = part.reshape(-1, across, rows, columns).swapaxes(1, 2)
         pictures.append(jpeg(np.ascontiguousarray(grid.reshape(-1, across * columns))))
     return Sheets(pictures, (columns, rows), (width, height), across, per_sheet)
+
+
+def resize_labels(labels: np.ndarray, side: int) -> np.ndarray:
+    """(T, S, S) labels -> (T, side, side), each pixel's nearest."""
+    places = ((np.arange(side) + 0.5) * labels.shape[1] / side).astype(int)
+    return labels[:, places][:, :, places]
 
 
 def outlines(labels: np.ndarray, structures: Sequence[str]) -> list[str]:

@@ -21,11 +21,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from discovr_monai.pages.charts import Curve, draw_curve, metric_tables
+from discovr_monai.files import save_atomic
+from discovr_monai.notice import NOTICE
+from discovr_monai.pages.charts import Curve, draw_curve, headlines_of, metric_tables
 from discovr_monai.pages.drawing import UNITS, data_uri, draw_sheets, jpeg, outlines, shrink
-from discovr_monai.weights import save_atomic
 
-NOTICE = "For research use only, not a medical device"
 STRUCTURES = 6  # colours that stay apart for colour-blind eyes
 PHASES = {"ED": "End diastole", "ES": "End systole"}
 
@@ -66,6 +66,7 @@ class CineView:
         frames: (T, H, W) uint8. Larger than 512 pixels a side, they are shown smaller.
         fps: frames per second, or None.
         labels: (T, H, W) uint8, 0 background, 1.. structures; None where there are no contours.
+        reference: true labels like ``labels``, drawn dashed; frames without any are unknown.
         structures: names of labels 1.., at most 6. The first one's area is drawn over time.
         spacing: (row, column) mm of these frames' pixels, or None.
         ed, es: frames of end diastole and end systole, from 0; None where unknown.
@@ -83,6 +84,7 @@ class CineView:
     frames: np.ndarray
     fps: float | None = None
     labels: np.ndarray | None = None
+    reference: np.ndarray | None = None
     structures: Sequence[str] = ()
     spacing: tuple[float, float] | None = None
     ed: int | None = None
@@ -111,6 +113,13 @@ class CineView:
                 return f"label {self.labels.max()} has no name among the structures"
             if self.contours_withheld:
                 return "contours are both given and withheld"
+            if self.reference is not None:
+                if self.reference.shape != self.labels.shape:
+                    return f"the reference {self.reference.shape} is of another shape"
+                if self.reference.max() > len(self.structures):
+                    return f"label {self.reference.max()} of the reference has no name"
+        elif self.reference is not None:
+            return "there is a reference, but no labels"
         if self.ef is not None:
             value, low, high = self.ef
             if self.ef_withheld:
@@ -129,10 +138,19 @@ class CineView:
     @cached_property
     def area(self) -> np.ndarray | None:
         """(T,) area of the first structure in :attr:`area_unit`."""
-        if self.labels is None:
+        return None if self.labels is None else self._area(self.labels)
+
+    @cached_property
+    def true_area(self) -> np.ndarray | None:
+        """(T,) the same of the reference, NaN where it is unknown."""
+        if self.reference is None:
             return None
+        known = self.reference.any((1, 2))
+        return np.where(known, self._area(self.reference), np.nan)
+
+    def _area(self, labels: np.ndarray) -> np.ndarray:
         pixel = 1.0 if self.spacing is None else self.spacing[0] * self.spacing[1] / 100
-        area: np.ndarray = (self.labels == 1).sum((1, 2)) * pixel
+        area: np.ndarray = (labels == 1).sum((1, 2)) * pixel
         return area
 
     @property
@@ -178,6 +196,7 @@ def write_evaluation_page(
     cines: Sequence[CineView] = (),
     retrieval: Sequence[tuple[Nearest, Sequence[Nearest]]] = (),
     *,
+    headlines: Sequence[Mapping[str, Any]] = (),
     notice: str = NOTICE,
 ) -> None:
     """Writes an evaluation's page, whole or not at all.
@@ -192,6 +211,7 @@ def write_evaluation_page(
             see it; caption).
         cines: shown with their contours.
         retrieval: queries, each with the cases that are nearest to it.
+        headlines: those of the metrics that sum it up, with "name"; shown large, on top.
         notice: shown on top.
     """
     views = [_Drawn(cine, i) for i, cine in enumerate(cines, start=1)]
@@ -200,6 +220,7 @@ def write_evaluation_page(
         "evaluation.html",
         title=title,
         notice=notice,
+        headlines=headlines_of(headlines),
         tables=metric_tables(metrics),
         settings=_flat(settings),
         pictures=[_picture(*p) for p in pictures],
@@ -216,6 +237,9 @@ class _Drawn:
         self.paths = None
         if cine.labels is not None:
             self.paths = [outlines(m, cine.structures) for m in cine.labels]
+        self.true_paths = None
+        if cine.reference is not None:
+            self.true_paths = [outlines(m, cine.structures) for m in cine.reference]
         height, width = cine.frames.shape[1:]
         row, column = cine.spacing or (1.0, 1.0)
         self.stretch = column / row
@@ -223,7 +247,7 @@ class _Drawn:
         self.ruler = round(10 / row * UNITS) if cine.spacing else 0  # 1 cm
         self.curve: Curve | None = None
         if cine.area is not None:
-            self.curve = draw_curve(cine.area, cine.fps, cine.phases)
+            self.curve = draw_curve(cine.area, cine.fps, cine.phases, cine.true_area)
 
     @property
     def stills(self) -> list[dict[str, Any]]:
@@ -235,6 +259,7 @@ class _Drawn:
                 "caption": f"{PHASES.get(phase, 'First frame')}: {self.moment(frame)}",
                 "picture": jpeg(picture),
                 "paths": self.paths[frame] if self.paths else [],
+                "truth": self.true_paths[frame] if self.true_paths else [],
             }
             for (phase, frame), picture in zip(shown.items(), small, strict=True)
         ]
@@ -281,6 +306,7 @@ class _Drawn:
             "stretch": self.stretch,
             "ruler": self.ruler,
             "paths": self.paths,
+            "truth": self.true_paths,
             "area": None if view.area is None else [round(float(a), 3) for a in view.area],
             "top": None if self.curve is None else self.curve.top,
             "unit": view.area_unit,

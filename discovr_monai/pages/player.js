@@ -13,15 +13,16 @@ class Player {
     this.counter = find(".counter");
     this.phase = find(".phase");
     this.playButton = find(".play");
-    this.contoursButton = find(".contours");
     this.curve = find(".curve");
     this.cursor = find(".cursor");
     this.speed = 1;
     this.playing = false;
-    this.contours = true;
+    this.shown = { contours: true, reference: true };
     this.colours = [...section.querySelectorAll(".legend path")].map(
       (line) => getComputedStyle(line).stroke);
-    this.outlines = this.data.paths?.map((frame) => frame.map((path) => path && new Path2D(path)));
+    const lines = (frames) => frames?.map((frame) => frame.map((path) => path && new Path2D(path)));
+    this.outlines = lines(this.data.paths);
+    this.truth = lines(this.data.truth);
     // A frame is cut out at its own size before it is scaled: its neighbours do not shine in.
     this.cut = document.createElement("canvas");
     [this.cut.width, this.cut.height] = this.data.size;
@@ -42,11 +43,14 @@ class Player {
       this.speed = Number(event.target.value);
       this.restart();
     });
-    this.contoursButton?.addEventListener("click", () => {
-      this.contours = !this.contours;
-      this.contoursButton.setAttribute("aria-pressed", this.contours);
-      this.draw();
-    });
+    for (const name of Object.keys(this.shown)) {
+      const button = find(`.toggle.${name}`);
+      button?.addEventListener("click", () => {
+        this.shown[name] = !this.shown[name];
+        button.setAttribute("aria-pressed", this.shown[name]);
+        this.draw();
+      });
+    }
     const follow = (event) => {
       const box = this.curve.getBoundingClientRect();
       const share = (event.clientX - box.left) / box.width;
@@ -127,27 +131,35 @@ class Player {
     const paper = this.canvas.getContext("2d");
     paper.imageSmoothingQuality = "high";
     paper.drawImage(this.cut, 0, 0, this.canvas.width, this.canvas.height);
-    if (this.contours && this.outlines) this.drawContours(paper);
+    if (this.shown.contours && this.outlines) {
+      this.drawContours(paper, this.outlines[this.frame], this.colours);
+    }
+    if (this.shown.reference && this.truth) this.drawContours(paper, this.truth[this.frame], null);
     if (this.data.ruler) this.drawRuler(paper);
   }
 
-  drawContours(paper) {
+  /** Outlines in their colours over a dark halo; without colours dashed and white. */
+  drawContours(paper, frame, colours) {
     const { box, stretch } = this.data;
     const scale = new DOMMatrix().scale(
       (this.canvas.width * stretch) / box[0], this.canvas.height / box[1]);
     const pixel = window.devicePixelRatio;
-    const frame = this.outlines[this.frame];
     paper.lineJoin = "round";
+    paper.setLineDash(colours ? [] : [4 * pixel, 4 * pixel]);
     for (let i = frame.length - 1; i >= 0; i--) { // the first structure on top
       if (!frame[i]) continue;
       const path = new Path2D();
       path.addPath(frame[i], scale);
-      for (const [colour, width] of [["rgb(0 0 0 / 45%)", 4], [this.colours[i], 2]]) {
+      const strokes = colours
+        ? [["rgb(0 0 0 / 45%)", 4], [colours[i], 2]]
+        : [["rgb(255 255 255 / 85%)", 1.4]];
+      for (const [colour, width] of strokes) {
         paper.strokeStyle = colour;
         paper.lineWidth = width * pixel;
         paper.stroke(path);
       }
     }
+    paper.setLineDash([]);
   }
 
   /** One centimetre at the lower right. */
