@@ -1,7 +1,10 @@
 # make train   the demo: environment, package, demo data, DISCOVR pretraining
 # make test    the tests
 # make model   the demonstration model: heads for EF and contours on the demo training
+# make mlflow  MLflow's pages over all trainings and evaluations, on this machine only
+# make docs    the documentation as a site: site/index.html (to search in it: python -m http.server -d site)
 # make bundle  dist/discovr.zip and the wheel: all that another machine needs
+# make label   the MONAI Label server: discovr-monai label (docs/annotation.md)
 # make bench   the training step against its plain formulation (docs/performance.md)
 #
 # CPU build of PyTorch by default; for NVIDIA GPUs:  make train TORCH=cuda
@@ -23,7 +26,7 @@ endif
 endif
 TORCH_SOURCE ?= torch==2.13.0
 
-.PHONY: train test model bundle bench lint environment test-environment clean
+.PHONY: train test model mlflow docs bundle label bench lint environment test-environment clean
 
 train: environment
 	cd bundles/discovr && $(RUN)/python -m monai.bundle run training --config_file configs/train.yaml $(ARGS)
@@ -40,9 +43,17 @@ model: train
 	cd bundles/discovr && $(RUN)/discovr-monai model output/pretrain/last.pt models/model.pt \
 	  --head output/heads/ef.safetensors --head output/heads/segmentation.safetensors
 
+mlflow: environment
+	cd bundles/discovr && $(RUN)/discovr-monai mlflow $(ARGS)
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+
 bundle: environment
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 	$(RUN)/python -c 'from discovr_monai.configuration import pack_bundle; pack_bundle("bundles/discovr", "dist/discovr.zip")'
+
+label: $(VENV)/.label
 
 bench: environment
 	$(RUN)/python benchmarks/train_step.py --out output/bench $(ARGS)
@@ -53,7 +64,7 @@ lint: test-environment
 	$(RUN)/mypy
 
 environment: $(VENV)/.$(TORCH)
-test-environment: $(VENV)/.test
+test-environment: $(VENV)/.test $(VENV)/.label
 
 # The package is installed in place (-e), so that its code and the bundle can be edited.
 $(VENV)/.$(TORCH): pyproject.toml constraints.txt
@@ -61,11 +72,22 @@ $(VENV)/.$(TORCH): pyproject.toml constraints.txt
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(TORCH_SOURCE)
 	$(PIP) install --quiet $(CONSTRAINTS) --editable .
-	$(PIP) check
+	! $(PIP) check | grep -v -e '^monailabel ' -e '^No broken requirements'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.$(TORCH)
 	$(PIP) install --quiet $(CONSTRAINTS) --editable '.[dev,tensorboard]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.$(TORCH)
+	$(PIP) install --quiet $(CONSTRAINTS) --editable '.[docs]'
+	touch $@
+
+# Without its own requirements: torchvision, sam2 and pydicom-seg are not needed, and pydicom-seg
+# does not work with this pydicom. That is what "pip check" above says of it.
+$(VENV)/.label: $(VENV)/.$(TORCH)
+	$(PIP) install --quiet $(CONSTRAINTS) --editable '.[label]'
+	$(PIP) install --quiet $(CONSTRAINTS) --no-deps monailabel
 	touch $@
 
 clean:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from markers import write_between_markers
 from monai.bundle import ConfigParser
+from quiet import remark
 from step_setup import CONFIGS, QUICK, SIZES
 from torch import Tensor
 from tqdm import tqdm
@@ -125,8 +126,7 @@ def about(model: EchoModel, options: argparse.Namespace) -> list[str]:
     ]
     if options.quick:
         lines += ["", "**--quick: tiny sizes. These figures mean nothing.**"]
-    if where["load_before"] > 0.5:
-        lines += ["", f"**The machine was busy (load {where['load_before']}): not to be kept.**"]
+    lines += remark(where["busy_cores"])
     return lines
 
 

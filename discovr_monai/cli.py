@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,6 +118,45 @@ def _parser() -> argparse.ArgumentParser:
     nearest.add_argument("embeddings", help="embeddings.parquet of an inference")
     nearest.add_argument("id", help="of a cine in it")
     nearest.add_argument("--k", type=int, default=10, help="how many (10)")
+    label = commands.add_parser("label", help="a MONAI Label server over an archive (make label)")
+    label.add_argument("--studies", required=True, metavar="DIR", help="the archive, read only")
+    label.add_argument("--work", metavar="DIR", help="cines presented and labels (STUDIES-label)")
+    label.add_argument("--model", metavar="FILE", help="with heads (the bundle's models/model.pt)")
+    label.add_argument("--view", help="A4C, ...: of cines whose datalist row does not say")
+    label.add_argument("--host", default="127.0.0.1", help="another one asks for a token")
+    label.add_argument("--port", type=int, default=8000, help="0 for any that is free (8000)")
+    label.add_argument("--certificate", metavar="PEM", help="for https")
+    label.add_argument("--key", metavar="PEM", help="of the certificate")
+    label.add_argument("--readers", type=int, default=1, help="processes that read cines (1)")
+    label.add_argument("--tracking-uri", metavar="URI", help="MLflow's (STUDIES-label-private)")
+    labels = commands.add_parser("labels", help="saved labels on their source's own frames")
+    labels.add_argument("work", help="the folder of a label server (STUDIES-label)")
+    labels.add_argument("out", help="new folder; its names are those of the archive")
+    labels.add_argument("--studies", metavar="DIR", help="the archive, for NIfTI's own geometry")
+    labels.add_argument("--tag", default="final", help="which labels (final)")
+    labels.add_argument("--dicom", action="store_true", help="DICOM, for an archive (push)")
+    labels.add_argument(
+        "--model", metavar="FILE", help="whose structures, where a label does not say (as in label)"
+    )
+    pull = commands.add_parser("pull", help="ultrasound cines out of a DICOMweb archive")
+    pull.add_argument("url", help="https://HOST/dicom-web, say")
+    pull.add_argument("folder", help="new, or to go on with; it will name patients")
+    pull.add_argument("--study", action="append", default=[], metavar="UID", help="repeatable")
+    pull.add_argument("--patient", action="append", default=[], metavar="ID", help="repeatable")
+    push = commands.add_parser("push", help="labels as DICOM into a DICOMweb archive")
+    push.add_argument("folder", help="what labels --dicom wrote")
+    push.add_argument("url", help="https://HOST/dicom-web, say")
+    for command in (pull, push):
+        command.add_argument(
+            "--plain-http", action="store_true", help="unencrypted, even to another machine"
+        )
+    stock = commands.add_parser("label-bundle", help="a folder for MONAI Label's own bundle app")
+    stock.add_argument("out", help="new folder: the app, with the model in it")
+    stock.add_argument("--model", metavar="FILE", help="with heads (the bundle's models/model.pt)")
+    stock.add_argument("--view", help="what the cines show: A4C, ...")
+    mlflow = commands.add_parser("mlflow", help="MLflow's pages over a store, on this machine")
+    mlflow.add_argument("store", nargs="?", default="output/mlruns.db", help="(output/mlruns.db)")
+    mlflow.add_argument("--port", type=int, default=5000, help="of the address (5000)")
     return parser
 
 
@@ -151,12 +192,10 @@ def _phantom(arguments: argparse.Namespace) -> int:
 
 
 def _scan(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from discovr_monai.data.datalist import scan_folder, summary
-    from discovr_monai.data.transforms import LoadCined
+    from discovr_monai.data.loading import CineLoader
 
-    loader = LoadCined(root=arguments.folder)
+    loader = CineLoader(arguments.folder)
     found = scan_folder(
         Path(arguments.folder), loader=loader, output_dir=Path(arguments.report), val_fraction=0
     )
@@ -165,8 +204,6 @@ def _scan(arguments: argparse.Namespace) -> int:
 
 
 def _datalist(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from discovr_monai.data import catalogue
 
     if arguments.name == "list":
@@ -255,7 +292,8 @@ def _model(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from discovr_monai.export import NOTICE, export_model
+    from discovr_monai.export import export_model
+    from discovr_monai.notice import NOTICE
 
     export_model(
         arguments.model,
@@ -266,7 +304,7 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.pooling,
         tell=print,
     )
-    print(f"These files are {NOTICE}")
+    print(NOTICE)
     return 0
 
 
@@ -317,7 +355,98 @@ def _nearest(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _label(arguments: argparse.Namespace) -> int:
+    from discovr_monai.label.server import serve
+
+    options = ("work", "host", "port", "view", "certificate", "key", "readers", "tracking_uri")
+    serve(
+        arguments.studies,
+        _model_file(arguments.model),
+        **{name: getattr(arguments, name) for name in options},
+    )
+    return 0
+
+
+def _labels(arguments: argparse.Namespace) -> int:
+    from discovr_monai.label.studies import export_labels
+
+    structures = None
+    if arguments.dicom:
+        from discovr_monai.weights import read_checkpoint
+
+        heads = read_checkpoint(_model_file(arguments.model))["about"].get("heads", {})
+        structures = heads.get("segmentation", {}).get("structures", [])
+    written = export_labels(
+        arguments.work, arguments.out, arguments.tag, arguments.studies, structures
+    )
+    counts = Counter(written.values())
+    failed = sum(n for how, n in counts.items() if how.startswith("nothing"))
+    print(
+        f"{len(written) - failed} label maps written. They bear the archive's names: not for "
+        "sharing"
+    )
+    for how, number in counts.most_common():
+        print(f"  {number:6} {how}")
+    return 0
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from discovr_monai.label.dicomweb import pull
+
+    counts = pull(
+        arguments.url,
+        arguments.folder,
+        arguments.study,
+        arguments.patient,
+        plain_http=arguments.plain_http,
+    )
+    aside = counts["set aside"]
+    print(
+        f"{counts['fetched']} cines fetched, {counts['there']} were there, {aside} set aside"
+        f"{' (reasons in bad_files.csv)' if aside else ''}. They name their patients: not for "
+        "sharing. Next: discovr-monai label --studies DIR"
+    )
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from discovr_monai.label.dicomweb import push
+
+    counts = push(arguments.folder, arguments.url, plain_http=arguments.plain_http)
+    print(f"{counts['stored']} files stored, {counts['refused']} refused: see pushed.csv")
+    return 1 if counts["refused"] else 0
+
+
+def _label_bundle(arguments: argparse.Namespace) -> int:
+    from discovr_monai.label.stock import write_stock_app
+
+    print(write_stock_app(arguments.out, _model_file(arguments.model), arguments.view))
+    return 0
+
+
+def _model_file(given: str | None) -> Path:
+    """The model's file, the bundle's own if none is named."""
+    own = Path(__file__).parents[1] / "bundles" / "discovr" / "models" / "model.pt"
+    here = Path("models") / "model.pt"
+    if given is None and not here.is_file() and not own.is_file():
+        raise ValueError("no model is named and the bundle's is not here: name one by --model")
+    return Path(given) if given else here if here.is_file() else own
+
+
+def _mlflow(arguments: argparse.Namespace) -> int:
+    from discovr_monai.tracking import serve
+
+    serve(arguments.store, arguments.port)
+    return 0
+
+
 _COMMANDS = {
+    "mlflow": _mlflow,
+    "label": _label,
+    "labels": _labels,
+    "pull": _pull,
+    "push": _push,
+    "label-bundle": _label_bundle,
     "nearest": _nearest,
     "phantom": _phantom,
     "datalist": _datalist,

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from discovr_monai.files import save_atomic
+from discovr_monai.tracking import store_file
+
 # what `monai.bundle run` itself understands
 RUN_OPTIONS = {
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
@@ -36,17 +39,18 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
         return
     sys.excepthook = _one_clear_error
     files = _as_list(options["config_file"])
-    base = _keys(_read(files[0]))
-    for file in files[1:]:
-        for key in _read(file):
-            _check(key.split("#")[0].split("::")[0], base, f"{Path(file).name}: ")
+    configs = [_read(file) for file in files]
+    known = _keys(configs[0])
+    for file, config in zip(files[1:], configs[1:], strict=True):
+        for key in config:
+            _check(key.split("#")[0].split("::")[0], known, f"{Path(file).name}: ")
+    known = known.union(*(_keys(config) for config in configs[1:]))
     for key in options:
         path = key.replace("::", "#")
         if path.split("#")[0] in RUN_OPTIONS:
             continue
-        known = base | ({k for f in files[1:] for k in _keys(_read(f))})
         _check(path, known, "--")
-        default = next((c[path] for f in reversed(files) if path in (c := _read(f))), None)
+        default = next((config[path] for config in reversed(configs) if path in config), None)
         if isinstance(default, bool) and options[key] not in ("True", "False"):
             raise ValueError(f"--{path} {options[key]}: write True or False, with a capital letter")
 
@@ -140,17 +144,22 @@ def describe(network: nn.Module, preset: str, precision: str) -> str:
     return f"Preset {preset}: {count / 1e6:.1f} M trainable parameters, {precision}"
 
 
-def next_steps(output_dir: str, mlflow: bool) -> str:
-    """What a person does after a training; paths relative to where they are."""
-    folder = Path(output_dir)
-    try:
-        folder = folder.resolve().relative_to(Path.cwd())
-    except ValueError:
-        folder = Path(output_dir)
+def next_steps(output_dir: str, tracking_uri: str | None) -> str:
+    """What a person does after a training; paths relative to where they are.
+
+    Args:
+        tracking_uri: of MLflow's store; None for none.
+    """
+
+    def near(path: Path) -> Path:
+        whole = path.resolve()
+        return whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else path
+
+    folder = near(Path(output_dir))
     lines = [f"Checkpoint: {folder / 'last.pt'} (lowest validation loss: {folder / 'best.pt'})"]
-    if mlflow:
-        lines.append(f"MLflow:     {folder / 'mlruns.db'}")
-        lines.append(f"Next, look: mlflow ui --backend-store-uri sqlite:///{folder / 'mlruns.db'}")
+    store = store_file(tracking_uri) if tracking_uri else None
+    if store is not None:
+        lines.append(f"Next, look: discovr-monai mlflow {near(store)}")
     lines.append(
         "Evaluate:   python -m monai.bundle run evaluating --config_file configs/knn.yaml --ckpt "
         f"{folder / 'last.pt'} (labels in the datalist; also linear_probe, lvef, segmentation, "
@@ -167,8 +176,6 @@ def pack_bundle(bundle: str | Path, archive: str | Path) -> None:
         archive: written whole or not at all; the same bytes for the same content.
     """
     import zipfile
-
-    from discovr_monai.weights import save_atomic
 
     root = Path(bundle)
     kept = ("configs", "docs", "models", "LICENSE", "large_files.yml")

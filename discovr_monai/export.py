@@ -20,10 +20,10 @@ from discovr_monai.data.phantom import simulate_cine
 from discovr_monai.evaluation.encoders import pool_tokens
 from discovr_monai.evaluation.heads import Familiarity, familiar_features
 from discovr_monai.export_formats import FORMATS, Run, encode, need_packages, open_exported
-from discovr_monai.inference.findings import NOTICE
+from discovr_monai.files import save_atomic
 from discovr_monai.inference.model import EchoModel, load_model, pooled
+from discovr_monai.notice import NOTICE
 from discovr_monai.training.optim import PrepareClip
-from discovr_monai.weights import save_atomic
 
 UNFAMILIAR = "(B,); above 1 the clip is unlike the head's training cines: do not use its result"
 PARTS = {  # part -> its outputs, and what they are

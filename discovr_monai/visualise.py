@@ -48,11 +48,13 @@ def blend(frames: np.ndarray, colours: np.ndarray, opacity: float = 0.5) -> np.n
     return (grey * (1 - opacity) + 255 * colours * opacity).round().astype(np.uint8)
 
 
-def save_animation(path: Path, frames: np.ndarray, fps: float = 12.0) -> None:
-    """Writes (T, H, W, 3) uint8 as a looping animated PNG or GIF, by the suffix."""
+def save_animation(path: Path, frames: np.ndarray, fps: float = 12.0, zoom: int = 1) -> None:
+    """Writes (T, H, W, 3) uint8 as a looping GIF, each pixel as zoom x zoom."""
     from PIL import Image
 
-    images = [Image.fromarray(f) for f in frames]
+    size = (frames.shape[2] * zoom, frames.shape[1] * zoom)
+    # a frame's palette is the same before and after zooming, and much cheaper to find before
+    images = [Image.fromarray(f).quantize().resize(size, Image.Resampling.NEAREST) for f in frames]
     images[0].save(
         path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
     )
@@ -81,7 +83,7 @@ def draw_network(
     colours = token_maps(pca_colours(tokens), grid, frames, side)
     files = [folder / f"{name}_pca.gif"]
     pair = np.concatenate((grey[..., None].repeat(3, -1), blend(grey, colours)), axis=2)
-    save_animation(files[0], np.kron(pair, np.ones((1, 3, 3, 1), np.uint8)))
+    save_animation(files[0], pair, zoom=3)
     if network.prototypes is not None and network.image_teacher is not None:
         nearest = cluster_map(network, clip)[0].cpu()
         files.append(_prototype_figure(nearest, grey, grid, len(network.prototypes), folder, name))
@@ -134,7 +136,7 @@ def _prototype_figure(
             axes[row, column].set_axis_off()
         axes[0, column].set_title(f"frame {frame}")
     usage = np.sort(np.bincount(nearest.numpy(), minlength=count))[::-1]
-    axes[0, 3].bar(np.arange(count), usage, width=1.0)
+    axes[0, 3].stairs(usage, fill=True)  # one shape: a bar each would take seconds
     axes[0, 3].set(title="prototype usage, this clip", xlabel="prototype, sorted", ylabel="tokens")
     axes[1, 3].text(
         0.02,

@@ -36,6 +36,7 @@ from discovr_monai.inference.findings import Analyst
 from discovr_monai.inference.model import load_model
 from discovr_monai.inference.plan import find_cines
 from discovr_monai.inference.reading import CineReader, Seen
+from discovr_monai.notice import NOTICE
 from discovr_monai.training.optim import PrepareClip
 from tests.inference.conftest import (  # noqa: F401 (fixtures)
     checkpoint,
@@ -137,7 +138,7 @@ def test_a_file_says_what_it_is(folder, model, kind):  # noqa: F811
     found = [about_of(folder / f"{kind}{FORMATS[name]}") for name in EXACT]
     about = found[0]
     assert found[1] == found[2] == about
-    assert about["notice"] == "for research use only, not a medical device"
+    assert about["notice"] == NOTICE
     assert about["model"] == model.sha256 and len(model.sha256) == 16
     assert about["clip_shape"] == list(SHAPE)
     assert (about["mean"], about["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -236,8 +237,7 @@ def test_the_code_of_the_page(folder, tmp_path, monkeypatch, capsys, model, labe
     exec(code, {})
     ef = Analyst(model, torch.device("cpu"))([seen])[0].values["ef"]
     radius = float(model.ef.radius)
-    notice = "for research use only, not a medical device"
-    assert capsys.readouterr().out == f"EF {ef:.0f} % +- {radius:.0f}, {notice}\n"
+    assert capsys.readouterr().out == f"EF {ef:.0f} % +- {radius:.0f}. {NOTICE}\n"
 
 
 def test_the_table(model_file, labelled, capsys, monkeypatch):  # noqa: F811
@@ -382,7 +382,7 @@ def test_missing_packages_are_one_sentence(model_file, tmp_path, monkeypatch, ca
     assert main([*words, "--format", "torchscript"]) == 0
     said = capsys.readouterr().out
     assert "embedding.ts: 0.1 MB; embedding off by up to 0 (0 % of its scale)" in said
-    assert "for research use only, not a medical device" in said
+    assert NOTICE in said.splitlines()
     assert about_of(tmp_path / "embedding.ts")["pooling"] == "mean"
 
 

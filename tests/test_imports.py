@@ -10,22 +10,24 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "discovr_monai"
-BASE = {"types", "distributed", "schedules", "masking", "tracking"}
+BASE = {"types", "distributed", "schedules", "masking", "notice", "tracking", "files"}
 ALLOWED = {
     "networks": BASE | {"networks"},
     "losses": BASE | {"losses"},
-    "data": {"types", "distributed", "data"},
-    "weights": BASE | {"networks"},
+    "data": {"types", "distributed", "notice", "files", "data"},
+    "weights": BASE | {"networks", "sharded"},
+    "sharded": {"types", "distributed", "files"},
     "foreign": BASE | {"networks", "weights", "foreign"},
     "convert": BASE | {"networks", "weights", "foreign", "hub"},
     "hub": set(),
     "export": BASE | {"data", "weights", "evaluation", "training", "inference", "export_formats"},
     "export_formats": set(),
-    "pages": {"pages", "weights"},
-    "training": BASE | {"networks", "losses", "training", "weights"},
+    "pages": {"notice", "files", "pages"},
+    "training": BASE | {"networks", "losses", "training", "weights", "sharded"},
     "evaluation": BASE | {"networks", "data", "weights", "evaluation", "training", "pages"},
     "inference": BASE
     | {"networks", "data", "weights", "evaluation", "training", "pages", "inference"},
+    "label": BASE | {"networks", "data", "weights", "evaluation", "training", "inference", "label"},
     **{name: set() for name in BASE},
 }
 

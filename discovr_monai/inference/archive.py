@@ -13,13 +13,14 @@ from monai.inferers import Inferer
 from tqdm import tqdm
 
 from discovr_monai.data.tables import shown, write_table
-from discovr_monai.data.workers import run_isolated
-from discovr_monai.inference.findings import NOTICE, Analyst, Finding
+from discovr_monai.data.workers import IsolatedPool
+from discovr_monai.inference.findings import Analyst, Finding
 from discovr_monai.inference.model import EchoModel
 from discovr_monai.inference.outputs import StudyWriter
 from discovr_monai.inference.plan import Part, Plan
 from discovr_monai.inference.reading import CineReader, Seen
 from discovr_monai.inference.table import join_parquet, read_table, write_parquet
+from discovr_monai.notice import NOTICE
 
 AT_ONCE = 8  # cines whose windows go through the encoder together, at most
 
@@ -111,13 +112,16 @@ class ArchiveInference:
         """
         mine = [p for p in self.plan.parts if p.number % self.workers_in_all == self.worker]
         total = sum(len(p.rows) for p in self.plan.parts)
-        with tqdm(total=total, desc="cines", unit="cine", disable=self.worker > 0) as bar:
+        with (
+            IsolatedPool(self.reader, workers=self.readers) as pool,
+            tqdm(total=total, desc="cines", unit="cine", disable=self.worker > 0) as bar,
+        ):
             finished = self.plan.finished()
             bar.update(sum(len(p.rows) for p in self.plan.parts if p.number in finished))
             for part in mine:
                 if part.number in finished:
                     continue
-                self._do(part, bar)
+                self._do(part, pool, bar)
                 others = self.plan.finished() - finished - {part.number}
                 bar.update(sum(len(self.plan.parts[n].rows) for n in others))
                 finished |= {part.number, *others}
@@ -127,7 +131,7 @@ class ArchiveInference:
 
     # ---- a part ----------------------------------------------------------------------------
 
-    def _do(self, part: Part, bar: Any) -> None:
+    def _do(self, part: Part, pool: IsolatedPool, bar: Any) -> None:
         rows: list[dict[str, Any]] = []
         bad: list[tuple[str, str, str, str]] = []
         waiting: list[Seen] = []
@@ -141,7 +145,7 @@ class ArchiveInference:
                     bad.append((seen.row["image"], *found))
             waiting.clear()
 
-        for row, found in self._read(part.rows):
+        for row, found in self._read(part.rows, pool):
             bar.update()
             if "bad" in found:
                 bad.append((row["image"], *found["bad"]))
@@ -166,12 +170,14 @@ class ArchiveInference:
                 return [(cines[0], ("not analysed", reason, "Report it, leave it out"))]
             return [pair for seen in cines for pair in self._analyse([seen])]
 
-    def _read(self, rows: Sequence[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def _read(
+        self, rows: Sequence[Any], pool: IsolatedPool
+    ) -> Iterator[tuple[Any, dict[str, Any]]]:
         if not self.readers:
             for row in rows:
                 yield row, self.reader(row)
             return
-        for row, found, failure in run_isolated(self.reader, rows, workers=self.readers):
+        for row, found, failure in pool.run(rows):
             yield row, found if failure is None else {"bad": failure}
 
     def _row(self, finding: Finding) -> dict[str, Any]:
@@ -227,7 +233,7 @@ class ArchiveInference:
                 f"{private.name}/bad_files.csv{first}"
             )
         pages = self.studies.finish()
-        print(f"{count} cines, {len(bad)} files set aside; {NOTICE}")
+        print(f"{count} cines, {len(bad)} files set aside. {NOTICE}")
         print(f"Written: {out.name}/embeddings.parquet, results.csv", end="")
         print(f", and {pages} pages to open: studies/STUDY/page.html" if pages else "")
         print(f"Not for sharing: {private.name} (which file is which, what was set aside)")

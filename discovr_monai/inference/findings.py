@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,12 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor
 
 from discovr_monai.evaluation.contours import ejection_fraction, largest_component, simpson_volume
-from discovr_monai.evaluation.segmenter import clip_stride, cover, label_frames
+from discovr_monai.evaluation.segmenter import clip_stride, cover, label_frames, most_likely
 from discovr_monai.inference.model import EchoModel
 from discovr_monai.inference.reading import Seen
 from discovr_monai.training.optim import PrepareClip
 
 EMPTY = 0.05  # share of frames without a cavity that contours may have
-NOTICE = "for research use only, not a medical device"
 
 
 @dataclass
@@ -84,7 +83,7 @@ class Analyst:
         for first in range(0, len(clips), self.batch_size):
             chunk = torch.from_numpy(clips[first : first + self.batch_size])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                looks = self.inferer(self._ready({"image": chunk}), self.model.look)
+                looks = self.inferer(self.ready({"image": chunk}), self.model.look)
             for key, value in looks.items():
                 found.setdefault(key, []).append(value.float().cpu())
         index = torch.from_numpy(owner)
@@ -96,7 +95,8 @@ class Analyst:
             out[key] = total / count
         return out
 
-    def _ready(self, batch: dict[str, Any]) -> Tensor:
+    def ready(self, batch: dict[str, Any]) -> Tensor:
+        """A batch of windows, {"image": (B, C, T, S, S) uint8}, as the network takes it."""
         return self.prepare(batch, self.device)
 
     def _finding(self, seen: Seen, looks: dict[str, Tensor]) -> Finding:
@@ -119,7 +119,8 @@ class Analyst:
             values |= {"contours_withheld": reason, "contours_unfamiliarity": far}
             values |= dict.fromkeys(("edv_ml", "esv_ml", "contour_ef", "ed_frame", "es_frame"))
             if reason is None:
-                labels = self._labels(seen)
+                maps = self.frame_maps(seen)
+                labels = np.stack([_whole(f, len(self.model.structures)) for f in maps])
                 lv = self.model.structures[0] == "lv_cavity" and str(view).startswith("A")
                 values |= _volumes(labels, seen) if lv else {}
                 labels = None if values["contours_withheld"] else labels
@@ -154,17 +155,23 @@ class Analyst:
             out = {k: round(min(max(v, 0.0), 100.0), 2) for k, v in zip(names, found, strict=True)}
         return {**out, "ef_withheld": reason, "ef_unfamiliarity": far}
 
-    def _labels(self, seen: Seen) -> np.ndarray:
+    def frame_maps(self, seen: Seen, read: Callable[[Tensor], Tensor] = most_likely) -> np.ndarray:
+        """What the contours' head says of every frame, withheld or not.
+
+        Args:
+            read: see :func:`discovr_monai.evaluation.segmenter.label_frames`.
+
+        Returns:
+            (T, s, s) uint8 in the cine's square window.
+        """
         assert self.segmenter is not None
         clip, frames = self.model.about["clip"], self.model.clip_shape[1]
         stride = max(1, round(clip_stride(clip, frames, seen.fps, seen.row["image"])))
         whole = np.arange(frames)
         clips = [(steps, whole) for steps in cover(seen.cine.shape[1], frames, stride)]
         side = max(seen.window[4:6])
-        labels = label_frames(
-            self.segmenter, seen.cine, clips, side, self._ready, max(1, self.batch_size // 4)
-        )
-        return np.stack([_whole(frame, len(self.model.structures)) for frame in labels])
+        batch = max(1, self.batch_size // 4)
+        return label_frames(self.segmenter, seen.cine, clips, side, self.ready, batch, read)
 
 
 def _whole(labels: np.ndarray, structures: int) -> np.ndarray:

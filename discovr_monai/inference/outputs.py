@@ -18,18 +18,19 @@ from discovr_monai.data.label_writer import (
 )
 from discovr_monai.data.masks import read_masks, window_masks
 from discovr_monai.evaluation.plots import save_overlay
-from discovr_monai.evaluation.results import write_text
-from discovr_monai.inference.findings import NOTICE, Finding
+from discovr_monai.files import save_atomic, write_text
+from discovr_monai.inference.findings import Finding
 from discovr_monai.inference.model import EchoModel
 from discovr_monai.inference.plan import Plan
 from discovr_monai.inference.reading import CineReader, Seen
 from discovr_monai.inference.search import nearest_cases
 from discovr_monai.inference.table import read_embeddings, read_table
+from discovr_monai.notice import NOTICE
+from discovr_monai.pages.charts import metric_name
+from discovr_monai.pages.drawing import SHOWN, resize_labels
 from discovr_monai.pages.page import CineView, Nearest, write_study_page
 from discovr_monai.types import CineError, DatalistRow
-from discovr_monai.weights import save_atomic
 
-SHOWN = 256  # pixels per side of a page's frames, at most
 NEAREST = 6
 SHOWN_CINES = 24  # of a study, at most
 
@@ -152,7 +153,7 @@ class StudyWriter:
             frames=np.asarray(seen.cine[0]),
             fps=seen.fps,
             labels=None if found.get("contours_withheld") else self._labels(found, seen),
-            structures=[s.replace("_", " ") for s in self.model.structures],
+            structures=[metric_name(s) for s in self.model.structures],
             spacing=(scale * seen.spacing[0], scale * seen.spacing[1]) if seen.spacing else None,
             ed=found.get("ed_frame"),
             es=found.get("es_frame"),
@@ -170,9 +171,7 @@ class StudyWriter:
         if not path.exists():
             return None
         full = read_masks(path.parent, path.name, (seen.cine.shape[1], *seen.window[:2]))
-        square = window_masks(full, seen.window)
-        places = ((np.arange(SHOWN) + 0.5) * square.shape[1] / SHOWN).astype(int)
-        return square[:, places][:, :, places]
+        return resize_labels(window_masks(full, seen.window), SHOWN)
 
 
 def _facts(found: dict[str, Any]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from typing import Any
 from discovr_monai.data.cine import known_name
 from discovr_monai.data.datalist import load_rows, walk
 from discovr_monai.data.privacy import load_salt, salted_id
-from discovr_monai.evaluation.results import write_text
+from discovr_monai.files import write_text
 from discovr_monai.types import DatalistRow
 
 

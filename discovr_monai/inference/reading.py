@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from discovr_monai.data.datalist import owners_of
-from discovr_monai.data.privacy import load_salt, salted_id
+from discovr_monai.data.cine import failure_of, file_below
+from discovr_monai.data.datalist import salted_owners
+from discovr_monai.data.privacy import load_salt
 from discovr_monai.data.transforms import LoadCined, SampleClipd
-from discovr_monai.types import CineError, DatalistRow
+from discovr_monai.types import DatalistRow
 
 THUMBNAIL = 64  # pixels per side
 
@@ -81,22 +81,13 @@ class CineReader:
 
     def __call__(self, row: DatalistRow) -> dict[str, Any]:
         """{"seen": Seen}, or {"bad": (kind, problem, remedy)}."""
-        name = row["image"]
         try:
-            path = self.loader.root / name
-            if not path.resolve().is_relative_to(self.loader.root.resolve()):
-                problem = "it is a link that leads outside the folder"
-                raise CineError(name, problem, "Copy the file", "refused")
-            return {"seen": self._read(row, path)}
-        except CineError as error:
-            return {"bad": (error.kind, error.problem, error.remedy)}
-        except MemoryError:
-            return {"bad": ("unreadable", "it does not fit into memory", "Shorten or shrink it")}
-        except Exception as error:  # a reader's own bug must not end an archive's run
-            kind = type(error).__name__
-            return {"bad": ("unreadable", f"reading it failed ({kind})", "Report it, leave it out")}
+            file_below(self.loader.root, row["image"])
+            return {"seen": self._read(row)}
+        except Exception as error:
+            return {"bad": failure_of(error)}
 
-    def _read(self, row: DatalistRow, path: Path) -> Seen:
+    def _read(self, row: DatalistRow) -> Seen:
         found = self.loader({**row})  # type: ignore[dict-item]
         cine = np.ascontiguousarray(found["image"])
         sample = SampleClipd(
@@ -111,14 +102,12 @@ class CineReader:
         indices = sample.indices(cine.shape[1], found["fps"], row["image"])
         clips = np.stack([cine[:, np.maximum(i, 0)] for i in indices])
         clips[np.broadcast_to((indices < 0)[:, None], clips.shape[:3])] = 0
-        patient, study = owners_of(path)
-        owner, spacing = row.get("patient") or patient, found.get("spacing")
-        folder = path.parent.relative_to(self.loader.root)
-        there = f"folder {folder}" if folder.parts else f"file {row['id']}"
+        spacing = found.get("spacing")
+        patient, study = salted_owners(row, self.loader.root, row["id"], self.salt)
         return Seen(
             row=row,
-            patient=salted_id(str(owner or f"file {row['id']}"), self.salt),
-            study=salted_id(str(row.get("study") or study or owner or there), self.salt),
+            patient=patient,
+            study=study,
             cine=cine,
             clips=clips,
             fps=found["fps"],

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from discovr_monai.files import save_atomic
 from discovr_monai.inference.table import read_embeddings, read_table
-from discovr_monai.weights import save_atomic
 
 EXACT = 100_000  # rows up to which every distance is computed
 OWN = 200  # of a patient, that are looked past
@@ -39,12 +39,22 @@ class Neighbours:
         self.index = Index(ndim=embeddings.shape[1], metric="cos", dtype="f16")
         if file is not None and file.exists():
             self.index.load(str(file))
-            if len(self.index) == len(embeddings):
+            if self._fits():
                 return
             self.index.reset()
         self.index.add(np.arange(len(embeddings)), self.embeddings, log="index")
         if file is not None:
             save_atomic(self._save, file)
+
+    def _fits(self) -> bool:
+        """Whether the graph is of these embeddings, by a thousand of them."""
+        count = len(self.embeddings)
+        if len(self.index) != count or self.index.ndim != self.embeddings.shape[1]:
+            return False
+        rows = np.unique(np.linspace(0, count - 1, 1000).astype(np.int64))
+        kept, own = np.asarray(self.index.get(rows), np.float32), self.embeddings[rows]
+        along = (kept * own).sum(1) / np.linalg.norm(kept, axis=1) / np.linalg.norm(own, axis=1)
+        return bool((along > 0.999).all())
 
     def _save(self, path: Path) -> None:
         self.index.save(str(path))

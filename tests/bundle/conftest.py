@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_module
+
 BUNDLE = Path(__file__).parents[2] / "bundles" / "discovr"
 TINY = [
     "--image_size", "32", "--num_frames", "4", "--embed_dim", "24", "--depth", "1",
@@ -37,6 +39,9 @@ def bundle(tmp_path_factory):
 
 
 def run(bundle: Path, *arguments: str, launcher: list[str] | None = None, **options):
+    """A bundle command; from nothing where it has a launcher or options (as its environment)."""
+    if not (launcher or options):
+        return run_module("monai.bundle", *arguments, cwd=bundle)
     command = [*(launcher or [sys.executable]), "-m", "monai.bundle", *arguments]
     return subprocess.run(
         command, cwd=bundle, capture_output=True, text=True, timeout=300, **options

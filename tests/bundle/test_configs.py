@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch._inductor.config
 import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from discovr_monai.configuration import check_command_line, resolve_precision
+from discovr_monai.weights import describe_encoders
 from tests.bundle.conftest import BUNDLE, run
 
 CONFIGS = BUNDLE / "configs"
@@ -28,7 +31,8 @@ def test_paper_is_the_paper_to_the_letter():
         "image_size": 112, "num_frames": 64, "stride": 3, "patch_size": 16, "tubelet_size": 2,
         "embed_dim": 768, "depth": 12, "num_heads": 12, "decoder_dim": 384, "decoder_depth": 4,
         "decoder_heads": 6, "head_outputs": 16384, "head_hidden": 2048, "head_bottleneck": 256,
-        "head_norm": "none", "num_prototypes": 3000, "image_frame_step": 1, "num_views": 4,
+        "head_norm": "none", "num_prototypes": 3000, "image_frame_step": 1, "teacher_keep": 1.0,
+        "activation_checkpointing": False, "compile": False, "num_views": 4,
         "mask_ratio": 0.9, "centring": "centre", "student_temperature": 0.1,
         "teacher_temperature": [0.04, 0.07], "teacher_temperature_epochs": 30,
         "teacher_momentum": [0.996, 1.0], "centre_momentum": 0.9, "cluster_temperature": 0.1,
@@ -90,6 +94,25 @@ def test_metadata_has_what_the_model_zoo_asks():
         assert (BUNDLE / file).is_file()
 
 
+def test_what_saves_work_reaches_its_part_and_no_checkpoint():
+    parser, plain = parse("train.yaml"), parse("train.yaml")
+    parser["teacher_keep"], parser["activation_checkpointing"] = 0.5, True
+    assert parser.get_parsed_content("masking").teacher_keep == 0.5
+    network, without = (p.get_parsed_content("network") for p in (parser, plain))
+    blocks = [*network.video_student.blocks, *network.image_student.blocks, *network.decoder.blocks]
+    assert all(block.recompute for block in blocks)
+    assert not any(block.recompute for block in network.video_teacher.blocks)
+    assert describe_encoders(network, {}) == describe_encoders(without, {})
+    assert list(network.state_dict()) == list(without.state_dict())
+    parser["compile"] = True
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        parser["device"] = torch.device("cpu")
+        with pytest.raises(RuntimeError) as caught:
+            parser.get_parsed_content("network", lazy=False)
+    assert "compile: true needs a C++ compiler" in str(caught.value.__cause__)
+    assert "@accelerated" in str(parse("train.yaml", "multi_gpu_train.yaml")["network"])
+
+
 def test_every_user_key_is_documented():
     text = (CONFIGS / "train.yaml").read_text().split("# ====")[0]
     keys = [k for k in yaml.safe_load(text) if k != "imports"]
@@ -98,8 +121,6 @@ def test_every_user_key_is_documented():
 
 
 def test_precision_words():
-    import torch
-
     assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
     assert resolve_precision("auto", torch.device("cpu")) in ("bf16", "fp32")
 

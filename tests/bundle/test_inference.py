@@ -14,6 +14,7 @@ import pytest
 
 from discovr_monai.cli import main
 from discovr_monai.inference.table import read_table
+from discovr_monai.notice import NOTICE
 from tests.bundle.conftest import BUNDLE, run
 from tests.evaluation.conftest import checkpoint, labelled  # noqa: F401 (fixtures)
 
@@ -52,7 +53,7 @@ def infer(bundle, model, source, out, *more, **options):
 def test_a_folder_to_everything(bundle, model, labelled, tmp_path):  # noqa: F811
     done = infer(bundle, model, labelled, tmp_path / "out", "--section", "test")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "10 cines, 0 files set aside; for research use only" in done.stdout
+    assert "10 cines, 0 files set aside. For research use only" in done.stdout
     rows = read_table(tmp_path / "out" / "embeddings.parquet")
     assert len(rows) == 10
     assert any(r["ef"] is not None for r in rows)
@@ -91,13 +92,14 @@ def test_dicom_in_dicom_out(bundle, model, labelled, tmp_path):  # noqa: F811
         found = pydicom.dcmread(next(private.rglob(f"{row['id']}.dcm")))
         assert found.Modality == "SEG"
         assert found.NumberOfFrames >= 1
+        assert found.SeriesDescription == NOTICE
     for file in (tmp_path / "out").rglob("*"):
         assert not file.is_file() or b"Smith" not in file.read_bytes(), file.name
 
 
 def test_two_workers_by_torchrun_one_killed(bundle, model, labelled, tmp_path):  # noqa: F811
     """A run that is killed in the middle is finished by another number of workers."""
-    options = ("--part_size", "1", "--pages", "0", "--overlays", "False")
+    options = ("--part_size", "1", "--pages", "0", "--contours", "False")
     command = [
         sys.executable, "-m", "monai.bundle", "run", "run", "--config_file",
         "configs/inference.yaml", "--ckpt", str(model), "--dataset_dir", str(labelled),

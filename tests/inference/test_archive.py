@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ import torch
 
 from discovr_monai.data.label_writer import full_frame_labels
 from discovr_monai.data.transforms import LoadCined
-from discovr_monai.inference.findings import NOTICE, Analyst
+from discovr_monai.data.workers import IsolatedPool
+from discovr_monai.inference.findings import Analyst
 from discovr_monai.inference.model import load_model
 from discovr_monai.inference.plan import Plan, find_cines
 from discovr_monai.inference.reading import CineReader
 from discovr_monai.inference.table import read_embeddings, read_table
+from discovr_monai.notice import NOTICE
 from tests.inference.conftest import infer
 
 
@@ -71,16 +74,27 @@ def test_nothing_leads_back_to_a_patient(done, labelled):
 def test_the_notice_is_in_every_form(done):
     import nibabel
     import pyarrow.parquet as pq
+    from PIL import Image, ImageDraw
 
     assert pq.read_schema(done / "embeddings.parquet").metadata[b"notice"].decode() == NOTICE
     assert NOTICE in (done / "results.csv").read_text()
     pages = list(done.glob("studies/*/page.html"))
     assert pages
-    assert all(NOTICE in p.read_text().lower() for p in pages)
+    assert all(NOTICE in p.read_text() for p in pages)
     maps = list(done.glob("studies/*/*.nii.gz"))
     assert maps
-    assert all(b"research use only" in nibabel.load(m).header["descrip"].item() for m in maps)
+    assert {nibabel.load(m).header["descrip"].item().decode() for m in maps} == {NOTICE}
     assert all(NOTICE in (p.parent / "results.json").read_text() for p in pages)
+    assert json.loads((done / "inference.json").read_text())["notice"] == NOTICE
+    written = Image.new("L", (224, 14))  # whole, below the cine
+    ImageDraw.Draw(written).text((4, 1), NOTICE, 255)
+    letters = np.asarray(written).ravel()
+    animations = list(done.glob("studies/*/*.gif"))
+    assert len(animations) == len(maps)
+    for file in animations:
+        with Image.open(file) as animation:
+            below = np.asarray(animation.convert("L"))[224:].ravel()
+        assert np.corrcoef(below, letters)[0, 1] > 0.97  # but for the few colours
 
 
 def test_label_maps_lie_on_their_cines(done, labelled, model):
@@ -127,6 +141,26 @@ def test_a_killed_run_goes_on_with_another_number_of_workers(
         ).run()
     now = {p.name: p.stat().st_mtime_ns for p in (out / "parts").iterdir()}
     assert {k: now[k] for k in kept} == kept
+    assert [r["id"] for r in rows_of(out)] == [r["id"] for r in rows_of(done)]
+    a, b = (read_embeddings(d / "embeddings.parquet") for d in (out, done))
+    assert np.abs(a - b).max() < 1e-6
+
+
+def test_reading_processes_last_for_all_parts(model_file, labelled, done, tmp_path, monkeypatch):
+    started = []
+
+    def start(pool):
+        started.append(pool)
+        return once(pool)
+
+    once = IsolatedPool._start
+    monkeypatch.setattr(IsolatedPool, "_start", start)
+    out, options = tmp_path / "out", {"section": "test", "overlays": False, "pages": 0}
+    run = infer(load_model(model_file), labelled, out, part_size=4, readers=2, **options)
+    run.run()
+    assert len(run.plan.parts) == 3
+    assert 1 <= len(started) <= 2
+    assert active_children() == []
     assert [r["id"] for r in rows_of(out)] == [r["id"] for r in rows_of(done)]
     a, b = (read_embeddings(d / "embeddings.parquet") for d in (out, done))
     assert np.abs(a - b).max() < 1e-6

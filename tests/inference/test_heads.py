@@ -100,6 +100,16 @@ def test_familiarity_keeps_what_is_alike():
     assert (found(torch.from_numpy(fresh + 40).float()) > 1).all()
 
 
+def test_a_few_cines_do_not_make_half_of_the_others_strangers():
+    rng = np.random.default_rng(1)
+    inside = []
+    for _ in range(20):
+        train, held, fresh = (rng.normal(size=(n, 6)).astype(np.float32) for n in (18, 2, 200))
+        found = Familiarity.fit(train, held)
+        inside.append(float((found(torch.from_numpy(fresh)) <= 1).float().mean()))
+    assert np.mean(inside) > 0.88  # the limit of two cines would let 66 % pass
+
+
 def test_a_head_needs_its_views():
     rows = [{"image": "a", "view": "A4C"}, {"image": "b"}]
     with pytest.raises(ValueError, match="view of some training cines is unknown"):

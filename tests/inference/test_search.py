@@ -55,3 +55,12 @@ def test_cases_are_of_other_patients(points):
 def test_an_unknown_id(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"e.parquet does not exist: run configs/inference"):
         find_nearest(tmp_path / "e.parquet", "x")
+
+
+def test_a_graph_of_other_embeddings_is_made_anew(tmp_path):
+    rng = np.random.default_rng(3)
+    first, second = rng.normal(size=(2, 300, 8)).astype(np.float32)
+    file = tmp_path / "index.usearch"
+    Neighbours(first, exact=False, file=file)
+    keys, similar = Neighbours(second, exact=False, file=file)(second[:50], 1)
+    assert (keys[:, 0] == np.arange(50)).mean() > 0.95 and similar.mean() > 0.99
