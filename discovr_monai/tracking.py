@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from discovr_monai.running import end_dead_runs, hold, release
+
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
@@ -167,6 +169,31 @@ def _never_wait(connection: Any, _: Any) -> None:
     connection.execute("PRAGMA journal_mode = MEMORY")
 
 
+def connect(tracking_uri: str) -> MlflowClient:
+    """A client of a store that is made where it is missing, and says KILLED of what was killed."""
+    from mlflow.tracking import MlflowClient
+
+    make_store(tracking_uri)
+    client = MlflowClient(tracking_uri)
+    end_dead_runs(client, store_file(tracking_uri))
+    return client
+
+
+def begin_run(
+    client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str] | None = None
+) -> str:
+    """A new run, known to be alive until :func:`end_run` or the end of this process; its id."""
+    run: str = client.create_run(experiment, run_name=name, tags=dict(tags or {})).info.run_id
+    hold(store_file(client.tracking_uri), run)
+    return run
+
+
+def end_run(client: MlflowClient, run: str, status: str = "FINISHED") -> None:
+    """Ends what :func:`begin_run` began."""
+    client.set_terminated(run, status)
+    release(store_file(client.tracking_uri), run)
+
+
 def save_view(client: MlflowClient, experiment: str, view: View) -> None:
     """Gives an experiment its description and its view, unless it has them already."""
     columns = [f"params.`{name}`" for name in view.parameters]
@@ -207,7 +234,8 @@ def addresses(tracking_uri: str, server: str) -> dict[str, str]:
 def serve(store: str | Path, port: int = 5000) -> None:
     """Says where the experiments of a store are to be seen and becomes MLflow's server.
 
-    It listens on this machine only, sends nothing anywhere, and ends with Ctrl-C.
+    It listens on this machine only, sends nothing anywhere, and ends with Ctrl-C. Runs whose
+    process was killed are marked first.
 
     Args:
         store: the SQLite file.
@@ -220,6 +248,7 @@ def serve(store: str | Path, port: int = 5000) -> None:
     if not file.is_file():
         raise ValueError(f"{file.name} does not exist: train or evaluate first, or name the store")
     uri, server = f"sqlite:///{file.resolve()}", f"http://127.0.0.1:{port}"
+    connect(uri)
     for name, address in addresses(uri, server).items():
         print(f"{name}: {address}", flush=True)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -253,10 +282,7 @@ def log_evaluation(
         artifacts: files.
     """
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    from mlflow.tracking import MlflowClient
-
-    make_store(tracking_uri)
-    client = MlflowClient(tracking_uri)
+    client = connect(tracking_uri)
     known = client.get_experiment_by_name(experiment)
     place = artifacts_place(tracking_uri)
     owner = known.experiment_id if known else client.create_experiment(experiment, place)
@@ -267,11 +293,11 @@ def log_evaluation(
     parent, name = _checkpoint_run(client, owner, subject, training)
     tags = {"kind": "evaluation", "task": task, "mlflow.parentRunId": parent}
     tags |= {**subject, **_words(training)}
-    run = client.create_run(owner, run_name=f"{task}: {name}", tags=tags)
-    _log(client, run.info.run_id, {"task": task, **training, **own}, {**metrics, **headlines})
+    run = begin_run(client, owner, f"{task}: {name}", tags)
+    _log(client, run, {"task": task, **training, **own}, {**metrics, **headlines})
     for file in artifacts:
-        client.log_artifact(run.info.run_id, str(file))
-    client.set_terminated(run.info.run_id)
+        client.log_artifact(run, str(file))
+    end_run(client, run)
     _log(client, parent, {}, headlines)
 
 
@@ -290,10 +316,10 @@ def _checkpoint_run(
     name = ", ".join(words) or "checkpoint"
     if "checkpoint" in subject:
         name += f" ({subject['checkpoint'][:6]})"
-    run = client.create_run(owner, run_name=name, tags={**tags, **_words(training)})
-    _log(client, run.info.run_id, {**training, **subject}, {})
-    client.set_terminated(run.info.run_id)
-    return run.info.run_id, name
+    run = begin_run(client, owner, name, {**tags, **_words(training)})
+    _log(client, run, {**training, **subject}, {})
+    end_run(client, run)
+    return run, name
 
 
 def _words(values: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "discovr_monai"
-BASE = {"types", "distributed", "schedules", "masking", "notice", "tracking", "files"}
+BASE = {"types", "distributed", "schedules", "masking", "notice", "tracking", "files", "running"}
 ALLOWED = {
     "networks": BASE | {"networks"},
     "losses": BASE | {"losses"},
@@ -29,6 +29,7 @@ ALLOWED = {
     | {"networks", "data", "weights", "evaluation", "training", "pages", "inference"},
     "label": BASE | {"networks", "data", "weights", "evaluation", "training", "inference", "label"},
     **{name: set() for name in BASE},
+    "tracking": {"running"},
 }
 
 

@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from discovr_monai.tracking import artifacts_place, make_store, unique_run_name, versions
+from discovr_monai.running import touch
+from discovr_monai.tracking import (
+    artifacts_place,
+    begin_run,
+    connect,
+    end_run,
+    store_file,
+    unique_run_name,
+    versions,
+)
 
 EXPERIMENT = "discovr-annotation"
 
@@ -32,14 +41,12 @@ class TrackedTraining:
             return self
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow.entities import Param, RunTag
-        from mlflow.tracking import MlflowClient
 
-        make_store(self.uri)
-        self._client = client = MlflowClient(self.uri)
+        self._client = client = connect(self.uri)
         known = client.get_experiment_by_name(EXPERIMENT)
         place = artifacts_place(self.uri)
         owner = known.experiment_id if known else client.create_experiment(EXPERIMENT, place)
-        self._run = client.create_run(owner, run_name=unique_run_name("labels")).info.run_id
+        self._run = begin_run(client, owner, unique_run_name("labels"))
         client.log_batch(
             self._run,
             params=[Param(k, str(v)) for k, v in self.parameters.items()],
@@ -56,6 +63,7 @@ class TrackedTraining:
         now = int(time.time() * 1000)
         found = [Metric(k, v, now, step) for k, v in figures.items() if math.isfinite(v)]
         self._client.log_batch(self._run, metrics=found)
+        touch(store_file(self._client.tracking_uri), self._run)
 
     def __exit__(
         self,
@@ -64,4 +72,4 @@ class TrackedTraining:
         trace: TracebackType | None,
     ) -> None:
         if self._client is not None:
-            self._client.set_terminated(self._run, "FINISHED" if kind is None else "FAILED")
+            end_run(self._client, self._run, "FINISHED" if kind is None else "FAILED")

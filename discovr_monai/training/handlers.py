@@ -19,11 +19,13 @@ from tqdm import tqdm
 
 from discovr_monai.distributed import all_reduce_mean, rank, world_size
 from discovr_monai.networks.parallel import is_sharded
+from discovr_monai.running import end_dead_runs, hold, release, touch
 from discovr_monai.tracking import (
     TRAININGS,
     artifacts_place,
     make_store,
     save_view,
+    store_file,
     versions,
 )
 from discovr_monai.training.diagnostics import collapse_report
@@ -209,6 +211,7 @@ class Tracking(MLFlowHandler):
         every: iterations between records.
         pause: seconds between writes; figures wait so long in memory, for a write waits for the
             disk. An epoch's end, the training's and its failure write at once.
+        output_dir: the training's folder: a run that was at work in it is over when this begins.
     """
 
     LARGEST = 1000  # figures that MLflow takes in one write
@@ -221,6 +224,7 @@ class Tracking(MLFlowHandler):
         experiment_name: str = "discovr",
         every: int = 1,
         pause: float = 5.0,
+        output_dir: str | Path | None = None,
     ) -> None:
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # not how it makes its tables
         store = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri  # as MONAI takes it
@@ -236,7 +240,7 @@ class Tracking(MLFlowHandler):
             close_on_complete=True,
             artifact_location=artifacts_place(store),
         )
-        self.pause = pause
+        self.pause, self.output_dir, self._store = pause, output_dir, store_file(store)
         self._clock = self._written = time.perf_counter()
         self._clips = 0.0
         self._waiting: list[Metric] = []
@@ -249,6 +253,15 @@ class Tracking(MLFlowHandler):
         engine.add_event_handler(Events.STARTED, self._tag)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._failed)
+
+    def start(self, engine: Engine) -> None:
+        """Begins a run, or goes on with one of this name that did not finish."""
+        end_dead_runs(self.client, self._store, self.output_dir)
+        super().start(engine)
+        assert self.cur_run is not None
+        if self.cur_run.info.status != "RUNNING":
+            self.client.update_run(self.cur_run.info.run_id, "RUNNING")
+        hold(self._store, self.cur_run.info.run_id, self.output_dir)
 
     def log_picture(self, path: Path, folder: str = "pictures") -> None:
         """Adds a file to the run's artifacts."""
@@ -287,14 +300,18 @@ class Tracking(MLFlowHandler):
         while self.cur_run is not None and self._waiting:
             self.client.log_batch(self.cur_run.info.run_id, metrics=self._waiting[: self.LARGEST])
             del self._waiting[: self.LARGEST]
+            touch(self._store, self.cur_run.info.run_id)
         self._written = time.perf_counter()
 
     def close(self) -> None:
         """Writes what still waits, and ends the run."""
+        run = self.cur_run
         try:
             self._write()
         finally:
             super().close()
+        if run is not None:
+            release(self._store, run.info.run_id)
 
     def _failed(self, engine: Engine, error: BaseException) -> None:
         if self.cur_run is not None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.bundle.conftest import run, train
+from tests.bundle.conftest import TINY, run, train
 
 
 @pytest.fixture(scope="session")
@@ -143,6 +145,30 @@ def test_a_datalist_and_the_clis_own_tracking(bundle, phantom, tmp_path):
         ).fetchall()
     assert {"loss", "train_loss"} <= metrics
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_killed_training_is_running_no_longer_once_it_starts_again(bundle, phantom, tmp_path):
+    where = ["--dataset_dir", str(phantom), "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "monai.bundle", "run", "training"]
+    command += ["--config_file", "configs/train.yaml", *TINY, *where, "--epochs", "100"]
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=bundle, stdout=log, stderr=log)
+    locks = tmp_path / ".mlruns.db.running"
+    while not any(lock.stat().st_size for lock in locks.glob("*")):
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()
+        time.sleep(0.02)
+    (lock,) = locks.iterdir()
+    assert json.loads(lock.read_text())["output"] == "."  # the config names it
+    process.kill()
+    process.wait()
+    with sqlite3.connect(tmp_path / "mlruns.db") as store:
+        assert store.execute("select status from runs").fetchall() == [("RUNNING",)]
+    done = train(bundle, *where)
+    assert done.returncode == 0, done.stderr
+    with sqlite3.connect(tmp_path / "mlruns.db") as store:
+        runs = store.execute("select status from runs order by start_time").fetchall()
+    assert runs == [("KILLED",), ("FINISHED",)]
+    assert not list(locks.iterdir())
 
 
 def test_only_normal_hearts_are_trained_on_unless_asked(bundle, phantom, tmp_path):
