@@ -9,9 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PRIVATE = 0o600  # for its owner only
 
-def save_atomic(write: Callable[[Path], object], path: Path) -> None:
+
+def save_atomic(write: Callable[[Path], object], path: Path, *, mode: int | None = None) -> None:
     """Writes through ``write(temporary path)``, flushes to disk, then renames to ``path``.
+
+    Args:
+        write: opens the path and writes; where there is a mode, it must not replace the file.
+        path: its folder is made if it is missing.
+        mode: permissions that the file has from before its first byte; None: the usual ones.
 
     Raises:
         OSError: when the disk is full or the folder cannot be written; ``path`` is as before
@@ -20,6 +27,9 @@ def save_atomic(write: Callable[[Path], object], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if mode is not None:
+            temporary.unlink(missing_ok=True)  # a killed process of this id may have left its own
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -30,13 +40,13 @@ def save_atomic(write: Callable[[Path], object], path: Path) -> None:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all; see :func:`save_atomic`."""
+def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
+    """Writes a text file (UTF-8) whole or not at all; see :func:`save_atomic`."""
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
-    save_atomic(write, path)
+    save_atomic(write, path, mode=mode)
 
 
 def read_journal(path: Path) -> dict[str, dict[str, Any]]:

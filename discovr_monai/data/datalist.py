@@ -20,6 +20,7 @@ from discovr_monai.data.privacy import load_salt, salted_id
 from discovr_monai.data.tables import shown, write_table
 from discovr_monai.data.workers import run_isolated
 from discovr_monai.distributed import barrier, rank
+from discovr_monai.files import write_text
 from discovr_monai.types import CineError, DatalistRow
 
 OURS = {"bad_files.csv", "datalist.json", "phantom.json"}  # never scanned as data
@@ -248,8 +249,7 @@ def scan_folder(
         verdict.pop("seen", None)
         found[name] = {**verdict, "stamp": stamps[name]}
     if found != known:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(index, found)
+        write_text(index, json.dumps(found))
     rows = [found[n]["row"] for n in files if "row" in found[n]]
     bad = [(n, *found[n]["bad"]) for n in files if "bad" in found[n]]
     report = output_dir / "bad_files.csv" if bad else None
@@ -406,12 +406,6 @@ def check_all(
         for name, verdict, failure in run_isolated(check, names, workers=workers):
             yield name, verdict if failure is None else {"bad": failure}
             bar.update()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)
 
 
 def ensure_demo_data(dataset_dir: str | Path, demo_dir: str | Path, **phantom: Any) -> None:

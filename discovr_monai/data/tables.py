@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from discovr_monai.files import save_atomic
 
 csv.field_size_limit(1 << 20)
 
@@ -74,12 +75,25 @@ def safe_cell(value: Any) -> Any:
     return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a CSV under a temporary name and renames it; cells are safe for spreadsheets."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([safe_cell(cell) for cell in row] for row in rows)
-    temporary.replace(path)
+def write_table(
+    path: Path,
+    header: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    mode: int | None = None,
+) -> None:
+    """Writes a CSV whole or not at all; cells are safe for spreadsheets.
+
+    Args:
+        path, mode: see :func:`discovr_monai.files.save_atomic`.
+        header: names of the columns.
+        rows: a cell for each; may be a generator.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows([safe_cell(cell) for cell in row] for row in rows)
+
+    save_atomic(write, path, mode=mode)

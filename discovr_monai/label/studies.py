@@ -31,7 +31,7 @@ from discovr_monai.data.privacy import load_salt, salted_id
 from discovr_monai.data.sector import prepare_cine
 from discovr_monai.data.tables import write_table
 from discovr_monai.data.workers import run_isolated
-from discovr_monai.files import read_journal
+from discovr_monai.files import PRIVATE, read_journal, write_text
 from discovr_monai.notice import NOTICE
 from discovr_monai.types import Cine, CineError, DatalistRow
 
@@ -86,7 +86,7 @@ class Studies:
                 raise ValueError(
                     f"{self.work.name!r} holds other files. Name a new folder (--work)"
                 )
-            write_private(stamp, json.dumps(wanted))
+            write_text(stamp, json.dumps(wanted), mode=PRIVATE)
         if json.loads(stamp.read_text()) != wanted:
             raise ValueError(
                 f"{self.work.name!r} presents other studies, or ids of another salt "
@@ -125,7 +125,8 @@ class Studies:
             if "stop" in entry:
                 raise OSError(f"cannot write ({entry['stop']}): free space, and start again")
             known[identity] = entry
-            with private_file(path, os.O_APPEND) as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            with os.fdopen(os.open(path, flags, PRIVATE), "wb") as file:
                 file.write(json.dumps(entry).encode() + b"\n")
             yield entry
         self.report(known)
@@ -138,8 +139,7 @@ class Studies:
             ("files.csv", ("id", "file"), sorted(kept, key=lambda r: r[1])),
             ("bad_files.csv", ("file", "kind", "reason", "what to do"), sorted(bad)),
         ):
-            write_table(self.private / name, header, rows)
-            (self.private / name).chmod(0o600)
+            write_table(self.private / name, header, rows, mode=PRIVATE)
 
     def _stamp(self, row: DatalistRow) -> list[Any]:
         """Changes with the file and with what the datalist says of it."""
@@ -237,19 +237,6 @@ def nifti_bytes(
     header.set_data_dtype(np.uint8)
     header["descrip"] = NOTICE.encode()
     return bytes(nibabel.Nifti1Image(voxels, None, header).to_bytes())
-
-
-def private_file(path: Path, flag: int) -> Any:
-    """A binary file open for writing, readable by its owner only."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o600), "wb")
-
-
-def write_private(path: Path, text: str) -> None:
-    """Writes text that its owner only may read, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with private_file(temporary, os.O_TRUNC) as file:
-        file.write(text.encode())
-    temporary.replace(path)
 
 
 def replace_file(path: Path, content: bytes | Path) -> None:
