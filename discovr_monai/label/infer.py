@@ -33,7 +33,7 @@ from discovr_monai.label.labels import SUFFIX, identity_of
 from discovr_monai.label.studies import Studies
 from discovr_monai.label.versions import Versions
 from discovr_monai.notice import NOTICE
-from discovr_monai.types import DatalistRow, PreparedCine
+from discovr_monai.types import CineError, DatalistRow, PreparedCine
 
 AS_KNOWN = "as known"  # the view that the datalist or the server names
 logger = logging.getLogger(__name__)
@@ -201,6 +201,10 @@ class CineAnalyst:
         found = {key: record.get(key) for key in ("view", "patient", "fps")}
         return found | {"view": found["view"] or self.view}
 
+    def name(self, identity: str) -> str:
+        """A cine's file below the studies, for private reports; the id of what a client sent."""
+        return str(self.cines.record(identity).get("name", identity))
+
     def read(self, identity: str, view: str | None = None) -> Seen:
         """A cine's windows.
 
@@ -208,7 +212,7 @@ class CineAnalyst:
             view: if the archive's datalist says none.
 
         Raises:
-            ValueError: if it cannot be read.
+            CineError: if it cannot be read.
         """
         record = self.cines.record(identity)
         row: DatalistRow = {"image": f"{identity}{SUFFIX}", "id": identity}
@@ -218,7 +222,8 @@ class CineAnalyst:
             row["patient"], row["study"] = record["patient"], record["study"]
         read = self.reader(row)
         if "bad" in read:
-            raise ValueError(f"{identity}: {read['bad'][1]}. {read['bad'][2]}")
+            kind, problem, remedy = read["bad"]
+            raise CineError(identity, problem, remedy, kind)
         seen: Seen = read["seen"]
         return seen
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
+from discovr_monai.data.cine import failure_of
 from discovr_monai.data.label_writer import full_frame_labels
-from discovr_monai.files import write_text
+from discovr_monai.data.tables import write_table
+from discovr_monai.files import PRIVATE, write_text
+from discovr_monai.inference.findings import Analyst
 from discovr_monai.label.labels import FINAL, PROPOSED, labels_of
 from discovr_monai.label.names import check_tag
 from discovr_monai.label.plausibility import agreement, plausibility
 from discovr_monai.label.tasks import Reads
 from discovr_monai.label.versions import Versions
+from discovr_monai.types import CineError
 
 
 class TagAgreement(ScoringMethod):
@@ -56,7 +61,10 @@ class VersionAgreement(ScoringMethod):
     """Dice between the contours of two versions of the model, on the cines with final labels.
 
     Both are run on every cine, and compared on all frames with each other, on the drawn frames
-    with what was drawn.
+    with what was drawn. A cine that cannot be compared is set aside, the others are not:
+
+        FOLDER/compared.json              what the last scoring came to
+        FOLDER/compared.set_aside.csv     its files below the studies, what is wrong, what to do
 
     Args:
         server: cines and versions.
@@ -74,8 +82,10 @@ class VersionAgreement(ScoringMethod):
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
         """{"cines", "version", "other", "between", "version_dice", "other_dice"}: NAME -> Dice.
 
+        "set_aside" are the ids of the cines that do not count.
+
         Raises:
-            ValueError: for a version that there is not.
+            ValueError: for a version that there is not, or if no cine could be compared.
         """
         served = self.versions.history
         pair = (
@@ -84,17 +94,22 @@ class VersionAgreement(ScoringMethod):
         )
         analysts = [self.server.at(number) for number in pair]
         names = analysts[0].model.structures
+        bad: dict[str, tuple[str, str, str]] = {}
         found: dict[str, list[dict[int, float]]] = {"between": [], "version": [], "other": []}
         for identity in sorted(datastore.get_labeled_images(FINAL)):
-            drawn = labels_of(datastore, identity, FINAL)
-            there = drawn.any((1, 2))
-            seen = self.server.read(identity)
-            maps = [full_frame_labels(a.frame_maps(seen), seen.window) for a in analysts]
-            dices = {"between": agreement(maps[0], maps[1], len(names))}
-            for key, own in zip(("version", "other"), maps, strict=True):
-                dices[key] = agreement(drawn[there], own[there], len(names))
+            try:
+                dices = self._compare(identity, datastore, analysts)
+            except Exception as error:  # one cine, whatever it did
+                bad[identity] = failure_of(error)
+                continue
             for key, values in dices.items():
                 found[key].append(values)
+        self._report(bad)
+        if bad and not found["between"]:
+            raise ValueError(
+                f"no cine could be compared: all {len(bad)} were set aside, the reasons are in "
+                f"{self._aside.name} beside the versions; the first: {next(iter(bad.values()))[1]}"
+            )
         means = {
             key: {
                 name: float(np.mean([v[n] for v in values if n in v]))
@@ -103,11 +118,46 @@ class VersionAgreement(ScoringMethod):
             }
             for key, values in found.items()
         }
-        told = {"cines": len(found["between"]), "version": pair[0], "other": pair[1],
-                "between": means["between"], "version_dice": means["version"],
+        told = {"cines": len(found["between"]), "set_aside": list(bad), "version": pair[0],
+                "other": pair[1], "between": means["between"], "version_dice": means["version"],
                 "other_dice": means["other"]}  # fmt: skip
         write_text(self.versions.folder / "compared.json", json.dumps(told))
         return told
+
+    def _compare(
+        self, identity: str, datastore: Datastore, analysts: Sequence[Analyst]
+    ) -> dict[str, dict[int, float]]:
+        """ "between", "version" and "other" -> label -> Dice, of one cine.
+
+        Raises:
+            CineError: if it or its label cannot be read, or a model fails on it.
+        """
+        count = len(analysts[0].model.structures)
+        seen = self.server.read(identity)
+        drawn = labels_of(datastore, identity, FINAL)
+        there = drawn.any((1, 2))
+        try:
+            maps = [full_frame_labels(a.frame_maps(seen), seen.window) for a in analysts]
+        except (RuntimeError, ValueError) as error:
+            reason = f"the model failed on it ({type(error).__name__})"
+            raise CineError(identity, reason, "Report it, leave it out", "not analysed") from error
+        dices = {"between": agreement(maps[0], maps[1], count)}
+        for key, own in zip(("version", "other"), maps, strict=True):
+            dices[key] = agreement(drawn[there], own[there], count)
+        return dices
+
+    @property
+    def _aside(self) -> Path:
+        return self.versions.folder / "compared.set_aside.csv"
+
+    def _report(self, bad: Mapping[str, tuple[str, str, str]]) -> None:
+        """Writes what was set aside, for the archive's owner only: its names may be patients'."""
+        if not bad:
+            self._aside.unlink(missing_ok=True)
+            return
+        rows = sorted((self.server.name(identity), *why) for identity, why in bad.items())
+        header = ("file", "kind", "reason", "what to do")
+        write_table(self._aside, header, rows, mode=PRIVATE)
 
 
 def _version(value: Any, default: int) -> int:

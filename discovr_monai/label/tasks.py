@@ -58,8 +58,11 @@ class Reads(Protocol):
     def facts(self, identity: str) -> Mapping[str, Any]:
         """What the archive says of a cine, where known: "view", "patient", "fps"."""
 
+    def name(self, identity: str) -> str:
+        """The cine's file below the studies; it may name a patient."""
+
     def read(self, identity: str, view: str | None = None) -> Seen:
-        """A cine's windows; ValueError if it cannot be read."""
+        """A cine's windows; CineError if it cannot be read."""
 
     def limited(self) -> AbstractContextManager[Callable[[], None]]:
         """A block that may take so long; what it gives raises TimeoutError once that is over."""

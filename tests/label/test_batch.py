@@ -13,6 +13,7 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (make lab
 from discovr_monai.label.batch import CineBatch
 from discovr_monai.label.datastore import CineDatastore
 from discovr_monai.label.infer import CineAnalyst
+from discovr_monai.types import CineError
 
 SHAPE = (20, 20, 6)
 
@@ -81,3 +82,15 @@ def test_the_archives_view_comes_before_a_requests():
         analyst.read("a", "A4C")
         assert analyst.facts("a")["view"] == (record.get("view") or "A2C")
     assert [row["view"] for row in rows] == ["PLAX", "A4C", "A4C"]
+
+
+def test_what_cannot_be_read_is_told_by_id_and_named_for_private_reports():
+    analyst = CineAnalyst.__new__(CineAnalyst)
+    analyst.view = None
+    analyst.reader = lambda row: {"bad": ("unreadable", "it is cut short", "Copy it again")}
+    record = {"name": "a visit/one.avi", "patient": "p", "study": "s"}
+    analyst.cines = SimpleNamespace(record=lambda identity: record if identity == "a" else {})
+    with pytest.raises(CineError, match=r"^a: it is cut short\. Copy it again$") as caught:
+        analyst.read("a")
+    assert caught.value.kind == "unreadable"
+    assert (analyst.name("a"), analyst.name("sent")) == ("a visit/one.avi", "sent")

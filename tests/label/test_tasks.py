@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from discovr_monai.label import propagation, tasks
 from discovr_monai.label.routes import task_keys
 from discovr_monai.label.scoring import scorings
 from discovr_monai.label.versions import Versions
+from discovr_monai.types import CineError
 from tests.label.models import write_cines, write_model
 
 
@@ -58,7 +60,8 @@ def place(tmp_path) -> SimpleNamespace:
     def read(identity, view=None):
         found = reader({"image": f"{identity}.nii.gz", "id": identity})
         if "bad" in found:
-            raise ValueError(found["bad"][1])
+            kind, problem, remedy = found["bad"]
+            raise CineError(identity, problem, remedy, kind)
         return found["seen"]
 
     versions = Versions(tmp_path / "versions", tmp_path / "model.pt")
@@ -68,6 +71,7 @@ def place(tmp_path) -> SimpleNamespace:
 
     server = SimpleNamespace(model=model, cines=cines, read=read, at=at, ready=at(0).ready)
     server.facts = lambda identity: {"view": "A4C", "patient": f"p{identity}"}
+    server.name = lambda identity: f"a visit/{identity}.avi"
     server.limited = lambda: nullcontext(lambda: None)
     return SimpleNamespace(root=root, server=server, store=Store(root), versions=versions)
 
@@ -213,3 +217,58 @@ def test_two_versions_are_compared_by_running_both(place):
         score({"version": 7}, place.store)
     with pytest.raises(ValueError, match="must be a number"):
         score({"other": "new"}, place.store)
+
+
+def test_a_cine_that_cannot_be_compared_is_set_aside(place, monkeypatch):
+    score = scorings(place.server, place.versions)["versions"]
+    report = place.versions.folder / "compared.set_aside.csv"
+    labels = {i: Path(place.store.get_label_uri(i, "final")) for i in ("c02", "c04", "c06", "c08")}
+    kept = {i: label.read_bytes() for i, label in labels.items()}
+    for label in labels.values():
+        label.unlink()
+    without = score({}, place.store)
+    assert without["cines"] == 6 and without["set_aside"] == [] and not report.exists()
+    for identity, label in labels.items():
+        label.write_bytes(kept[identity])
+    cine = Path(place.store.get_image_uri("c02"))
+    good, _ = cine.read_bytes(), cine.write_bytes(b"damaged")
+    labels["c04"].write_bytes(b"damaged")
+    labels["c06"].write_bytes(Path(place.store.get_image_uri("c06")).read_bytes()[:200])
+    maps = Analyst.frame_maps
+
+    def runs_out(analyst, seen):
+        if seen.row["id"] == "c08":
+            raise RuntimeError("out of memory")
+        return maps(analyst, seen)
+
+    monkeypatch.setattr(Analyst, "frame_maps", runs_out)
+    found = score({}, place.store)
+    assert found == without | {"set_aside": ["c02", "c04", "c06", "c08"]}
+    header, *rows = csv.reader(report.read_text().splitlines())
+    assert header == ["file", "kind", "reason", "what to do"]
+    assert [row[0] for row in rows] == [f"a visit/{i}.avi" for i in labels]
+    reasons = (
+        "cannot be read",
+        "cannot be read",
+        "cannot be read",
+        "the model failed on it (Runtime",
+    )
+    assert all(words in row[2] for words, row in zip(reasons, rows, strict=True))
+    assert rows[3][3] == "Report it, leave it out"
+    assert report.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(Analyst, "frame_maps", maps)
+    cine.write_bytes(good)
+    for identity, label in labels.items():
+        label.write_bytes(kept[identity])
+    assert score({}, place.store)["cines"] == 10 and not report.exists()
+
+
+def test_where_nothing_can_be_compared_the_scoring_says_so(place):
+    for image in place.root.glob("*.nii.gz"):
+        image.write_bytes(b"damaged")
+    score = scorings(place.server, place.versions)["versions"]
+    with pytest.raises(ValueError, match=r"^no cine could be compared: all 10 were set aside, the"):
+        score({}, place.store)
+    assert not (place.versions.folder / "compared.json").exists()
+    report = (place.versions.folder / "compared.set_aside.csv").read_text()
+    assert len(report.splitlines()) == 1 + 10
