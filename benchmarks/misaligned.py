@@ -18,7 +18,7 @@ class MisalignedDiscovr(Discovr):
     """:class:`Discovr` with the slip of the public code."""
 
     @property
-    def teacher_frames(self) -> list[int]:
+    def target_frames(self) -> list[int]:
         """All frames: every second token is taken later."""
         return list(range(self.video_student.clip_shape[1]))
 
@@ -27,9 +27,9 @@ class MisalignedDiscovr(Discovr):
         self._order = torch.argsort(video_masks[-1].to(torch.uint8), dim=1, stable=True)  # (B, N)
         return super().forward(clip, video_masks, *masks)
 
-    def _cluster_target(self, clip: Tensor, teacher_tokens: Tensor | None) -> Tensor:
-        assert teacher_tokens is not None
-        rows = _standardise(teacher_tokens[:, :, 1:], -2).flatten(1, 2)  # (B, T n, d)
+    def _cluster_target(self, clip: Tensor, tokens: Tensor | None) -> Tensor:
+        assert tokens is not None
+        rows = _standardise(tokens[:, :, 1:], -2).flatten(1, 2)  # (B, T n, d)
         rows = rows[:, :: self.video_student.tubelet_size]  # (B, N, d)
         place = self._order[..., None].expand_as(rows)
         return torch.empty_like(rows).scatter_(1, place, rows)

@@ -3,7 +3,8 @@
 Matrix operations are those of the products that the method asks for (2 for a multiplication and
 an addition): forward, and in backward once for each operand that needs a gradient. Nothing is
 counted twice: no attention weights computed again in backward, no masked token, one image
-teacher. Other operations (norms, GELU, softmax, optimiser) are counted roughly, by element.
+teacher; after the last block's keys and values, no token that nothing reads. Other operations
+(norms, GELU, softmax, optimiser) are counted roughly, by element.
 
 Bytes are the least that must cross memory: each product reads its operands and writes its result
 once, weights and their gradients in fp32, activations in the precision's own size; attention's
@@ -64,38 +65,57 @@ def product(rows: int, inner: int, columns: int, *, element: int, gradients: int
     return Count(matrix=2.0 * rows * inner * columns * passes, bytes=traffic * passes)
 
 
-def attention(sequences: int, tokens: int, width: int, *, element: int, train: bool) -> Count:
-    """softmax(q k^T) v of all heads: 2 products forward, 4 backward; ``width`` of all heads."""
-    pair = 2.0 * sequences * tokens**2 * width
-    one = sequences * tokens * width * element  # q, k, v, out, or a gradient of one
-    forward = Count(2 * pair, SOFTMAX * sequences * tokens**2, 4 * one)
-    return forward + Count(4 * pair, 2 * SOFTMAX * sequences * tokens**2, 8 * one) * train
+def attention(
+    rows: int, asking: int, tokens: int, width: int, *, element: int, train: bool
+) -> Count:
+    """softmax(q k^T) v of all heads: 2 products forward, 4 backward; ``width`` of all heads.
+
+    Args:
+        rows: of keys and values, of all sequences.
+        asking: rows that have a query.
+        tokens: that each of these sees.
+    """
+    weights = asking * tokens
+    traffic = 2.0 * (rows + asking) * width * element  # k, v; q, out; and the gradients of each
+    forward = Count(4.0 * weights * width, SOFTMAX * weights, traffic)
+    return forward + Count(8.0 * weights * width, 2 * SOFTMAX * weights, 2 * traffic) * train
 
 
-def blocks(stack: Any, sequences: int, tokens: int, *, element: int, train: bool) -> Count:
-    """A stack of transformer blocks."""
+def blocks(
+    stack: Any, sequences: int, tokens: int, *, element: int, train: bool, cls_only: int = 0
+) -> Count:
+    """A stack of transformer blocks, the last of which gives CLS alone for some sequences."""
     rows, gradients = sequences * tokens, 2 * train
     total = Count()
-    for block in stack:
+    for number, block in enumerate(stack, start=1):
+        asking = rows - (cls_only * (tokens - 1) if number == len(stack) else 0)
         width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
-        for inner, columns in (
-            (width, 3 * width), (width, width), (width, hidden), (hidden, width),
+        for count, inner, columns in (
+            (asking, width, width), (rows, width, 2 * width), (asking, width, width),
+            (asking, width, hidden), (asking, hidden, width),
         ):  # fmt: skip
-            total += product(rows, inner, columns, element=element, gradients=gradients)
-        total += attention(sequences, tokens, width, element=element, train=train)
+            total += product(count, inner, columns, element=element, gradients=gradients)
+        total += attention(rows, asking, tokens, width, element=element, train=train)
         each = 2 * (NORM + 1) * width + GELU * hidden  # two norms, two residuals
-        total += Count(other=float(rows * each * (1 + train)))
+        total += Count(other=float(asking * each * (1 + train)))
     return total
 
 
 def encoder(
-    vit: VisionTransformer, sequences: int, visible: int, *, element: int, train: bool
+    vit: VisionTransformer,
+    sequences: int,
+    visible: int,
+    *,
+    element: int,
+    train: bool,
+    cls_only: int = 0,
 ) -> Count:
     """``sequences`` of CLS and ``visible`` tokens; only those are embedded."""
-    pixels, width = vit.patch_embed.in_features, vit.embed_dim
+    pixels, width, tokens = vit.patch_embed.in_features, vit.embed_dim, 1 + visible
     embed = product(sequences * visible, pixels, width, element=element, gradients=int(train))
-    norm = Count(other=float(sequences * (1 + visible) * NORM * width * (1 + train)))
-    body = blocks(vit.blocks, sequences, 1 + visible, element=element, train=train)
+    last = (sequences - cls_only) * tokens + cls_only
+    norm = Count(other=float(last * NORM * width * (1 + train)))
+    body = blocks(vit.blocks, sequences, tokens, element=element, train=train, cls_only=cls_only)
     return embed + body + norm
 
 
@@ -173,6 +193,7 @@ def step(
     t, h, w = video.grid
     places = h * w - int(ratio * h * w)  # visible, of a frame
     students, teachers = clips * len(network.student_frames), clips * len(network.teacher_frames)
+    cls_frames = teachers - clips * len(network.target_frames)
     prototypes, width = network.prototypes.shape
     tokens, outputs = clips * video.num_tokens, network.video_head.last_layer.weight_v.shape[0]
     image_outputs = network.image_head.last_layer.weight_v.shape[0]
@@ -184,10 +205,16 @@ def step(
     e, seen = element, video.num_tokens if teacher_tokens is None else teacher_tokens
     return {
         "data": Count(other=9.0 * pixels, bytes=float(pixels * (1 + 3 * MASTER))),
-        "image teacher": encoder(image, teachers, h * w, element=e, train=False),
-        "image students": encoder(image, views * students, places, element=e, train=True),
-        "video teacher": encoder(video, clips, seen, element=e, train=False),
-        "video students": encoder(video, (views + 1) * clips, t * places, element=e, train=True),
+        "image teacher": encoder(
+            image, teachers, h * w, element=e, train=False, cls_only=cls_frames
+        ),
+        "image students": encoder(
+            image, views * students, places, element=e, train=True, cls_only=views * students
+        ),
+        "video teacher": encoder(video, clips, seen, element=e, train=False, cls_only=clips),
+        "video students": encoder(
+            video, (views + 1) * clips, t * places, element=e, train=True, cls_only=views * clips
+        ),
         "decoder": decoder(network.decoder, clips, t * places, video.num_tokens, element=e),
         "heads": head(network.video_head, views * clips, element=e, train=True)
         + head(network.video_head, clips, element=e, train=False)

@@ -6,10 +6,12 @@ It differs from :class:`Discovr` and its trainer in these points only:
 2. each masked view is a call of the encoder by itself, not all views in one batch;
 3. the encoder embeds every token, then keeps the visible ones;
 4. the image teacher runs twice: once for its own loss, once for the cluster distillation;
-5. teachers are averaged and parameters optimised one tensor at a time (foreach and fused off).
+5. teachers are averaged and parameters optimised one tensor at a time (foreach and fused off);
+6. the last block of an encoder computes every token, also where nothing but CLS is read;
+7. what backward needs is what autograd keeps, to the end of the forward.
 
 Norms, MLPs, GELU, heads, decoder's order, losses, Sinkhorn, masks, precision and trainer are the
-very same code and parameters, so both must give the same loss and the same gradients.
+very same operations and parameters, so both must give the same loss and the same gradients.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def plain_attention(attention: Attention, x: Tensor) -> Tensor:
 def plain_block(block: Block, x: Tensor) -> Tensor:
     """(B, n, d) -> (B, n, d)."""
     x = x + plain_attention(block.attn, block.norm1(x))
-    return x + block.mlp(block.norm2(x))
+    return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
 
 
 def plain_encoder(encoder: VisionTransformer, clip: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -120,6 +122,7 @@ class PlainDiscovr(Discovr):
             again = _frames(clip, self.teacher_frames)
             tokens = plain_encoder(image_teacher, again)  # (B * F_t, 1 + n, d)
             tokens = tokens.unflatten(0, (len(clip), len(self.teacher_frames)))
+            tokens = tokens[:, [self.teacher_frames.index(f) for f in self.target_frames]]
         z_v = plain_decoder(decoder, views[-1], video_masks[-1])  # (B, N, d)
         z_i = self._cluster_target(clip, tokens)  # (B, N, d)
         prototypes = F.normalize(self.prototypes, dim=-1)  # (K, d)

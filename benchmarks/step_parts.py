@@ -64,9 +64,9 @@ def parts(trainer: DiscovrTrainer, batch: Batch) -> dict[str, Part]:
 
     with cast(), torch.no_grad():
         out = network(clip, *masks)
-        views = network.video_student(clip, masks[0])
+        _, views = network.video_student.encode(clip, masks[0], whole=1)
         assert network.image_teacher is not None
-        tokens = network.image_teacher(_frames(clip, network.teacher_frames))
+        tokens = network.image_teacher(_frames(clip, network.target_frames))
         tokens = tokens.unflatten(0, (len(clip), -1))
     return {
         "data": lambda: _data(trainer, batch),
@@ -103,23 +103,26 @@ def _encoders(network: Discovr, clip: Tensor, masks: tuple, cast: Any) -> dict[s
 
     def image_teacher() -> None:
         with cast(), torch.no_grad():
-            teacher(_frames(clip, network.teacher_frames))
+            teacher.encode(
+                _frames(clip, network.teacher_frames), whole=len(clip) * len(network.target_frames)
+            )
 
     def image_students() -> None:
         image.zero_grad(set_to_none=True)
         with cast():
-            cls = image(_frames(clip, network.student_frames), masks[1])[:, :, 0]
+            cls, _ = image.encode(_frames(clip, network.student_frames), masks[1])
         cls.backward(torch.ones_like(cls))
 
     def video_teacher() -> None:
         with cast(), torch.no_grad():
-            network.video_teacher(clip, masks[2])
+            network.video_teacher.encode(clip, masks[2])
 
     def video_students() -> None:
         video.zero_grad(set_to_none=True)
         with cast():
-            views = video(clip, masks[0])
-        views.backward(torch.ones_like(views))
+            cls, tokens = video.encode(clip, masks[0], whole=1)
+        ends = [cls[:-1], tokens]
+        torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
 
     return {
         "image teacher": image_teacher,

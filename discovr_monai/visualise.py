@@ -93,7 +93,7 @@ def draw_network(
 def cluster_map(network: Discovr, clip: Tensor) -> Tensor:
     """Nearest prototype of each place's target token: (B, 3, T, H, W) -> (B, N) int64."""
     assert network.prototypes is not None
-    target = network._cluster_target(clip, _teacher_tokens(network, clip))
+    target = network._cluster_target(clip, _target_tokens(network, clip))
     unit = torch.nn.functional.normalize(network.prototypes, dim=-1)
     return (torch.nn.functional.normalize(target, dim=-1) @ unit.T).argmax(-1)
 
@@ -106,11 +106,12 @@ def palette(count: int) -> np.ndarray:
     return colormaps["gist_ncar"](order / count)[:, :3]
 
 
-def _teacher_tokens(network: Discovr, clip: Tensor) -> Tensor:
-    frames = network.teacher_frames
+def _target_tokens(network: Discovr, clip: Tensor) -> Tensor | None:
+    frames = network.target_frames
+    if network.image_teacher is None or not frames:
+        return None
     images = clip[:, :, frames].transpose(1, 2).flatten(0, 1).unsqueeze(2)
-    assert network.image_teacher is not None
-    return network.image_teacher(images).unflatten(0, (1, len(frames)))
+    return network.image_teacher(images).unflatten(0, (len(clip), len(frames)))
 
 
 def _prototype_figure(

@@ -165,27 +165,38 @@ def test_recomputation_repeats_the_blocks_that_train_and_is_not_counted_as_neede
     assert parts == needed(build("S", quick=True)[0])
     forward = 0.0
     for block in (m for m in network.modules() if isinstance(m, Block) and m.recompute):
-        block.register_forward_pre_hook(lambda _, x, block=block: seen.append((block, x[0].shape)))
+        block.register_forward_pre_hook(lambda _, x, block=block: seen.append((block, *x)))
     seen: list = []
     found = operations.counted(lambda: step(trainer, batch))
-    for block, (sequences, tokens, _) in seen:
-        forward += operations.blocks([block], sequences, tokens, element=4, train=False).matrix
+    last = 0.0
+    for block, x, *cls_only in seen:
+        (sequences, tokens, width), cls = x.shape, cls_only[0] if cls_only else 0
+        sizes = {"element": 4, "train": False, "cls_only": cls}
+        forward += operations.blocks([block], sequences, tokens, **sizes).matrix
+        rows = sequences * tokens - cls * (tokens - 1)
+        last += 2.0 * rows * width * block.mlp.fc1.out_features
     total = operations.total(parts).matrix
-    last = sum(2.0 * s * n * w * b.mlp.fc1.out_features for b, (s, n, w) in seen)
     assert found == pytest.approx(total + forward - last, rel=0.005)  # a block's last is not needed
 
 
 def test_plain_does_only_the_named_work_more():
-    """An image teacher, and the embedding of masked tokens with its gradient: nothing else."""
+    """An image teacher, the embedding of masked tokens with its gradient, whole last blocks."""
     ours, plain, batch = pair()
     parts = needed(ours)
-    extra = parts["image teacher"].matrix
-    for name, sequences in (("video_student", 2), ("image_student", 16)):
-        encoder = getattr(ours.network, name)
-        views = 5 if name == "video_student" else 4
+    extra = 0.0
+    for name, sequences, views in (
+        ("video_student", 2, 5), ("image_student", 16, 4), ("video_teacher", 2, 1),
+        ("image_teacher", 16, 2),
+    ):  # fmt: skip
+        encoder, student = getattr(ours.network, name), name.endswith("student")
         grid = encoder.grid[1] * encoder.grid[2]
-        hidden = encoder.grid[0] * int(0.75 * grid) * sequences * views
-        extra += 2 * 2.0 * hidden * encoder.patch_embed.in_features * encoder.embed_dim
+        hidden = int(0.75 * grid) if student else 0
+        if student:
+            masked = encoder.grid[0] * hidden * sequences * views
+            extra += 2 * 2.0 * masked * encoder.patch_embed.in_features * encoder.embed_dim
+        visible = encoder.grid[0] * (grid - hidden)
+        whole = operations.encoder(encoder, views * sequences, visible, element=4, train=student)
+        extra += whole.matrix - parts[name.replace("student", "students").replace("_", " ")].matrix
     seen = operations.counted(lambda: step(plain, batch))
     assert seen == pytest.approx(operations.total(parts).matrix + extra, rel=1e-6)
 

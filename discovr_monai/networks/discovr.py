@@ -105,12 +105,16 @@ class Discovr(nn.Module):
         return list(range(0, frames, self.image_frame_step)) if self.image_head else []
 
     @property
+    def target_frames(self) -> list[int]:
+        """Frames whose tokens are SCD's target: the first of each tubelet."""
+        if self.prototypes is None or self.target != "image":
+            return []
+        return list(range(0, self.video_student.clip_shape[1], self.video_student.tubelet_size))
+
+    @property
     def teacher_frames(self) -> list[int]:
-        """Frames that the image teacher sees: the students', and one per tubelet for SCD."""
-        video = self.video_student
-        tubelets = range(0, video.clip_shape[1], video.tubelet_size)
-        scd = list(tubelets) if self.prototypes is not None and self.target == "image" else []
-        return sorted({*self.student_frames, *scd})
+        """Frames that the image teacher sees: the students' and SCD's."""
+        return sorted({*self.student_frames, *self.target_frames})
 
     def forward(
         self,
@@ -131,12 +135,12 @@ class Discovr(nn.Module):
             See :class:`DiscovrOutput`.
         """
         out = DiscovrOutput(global_mask=video_masks[-1])
-        views = self._video(clip, video_masks, teacher_mask, out)  # (views, B, 1 + n, d)
-        teacher_tokens = self._image(clip, image_masks, out)
-        if self.decoder is not None:
-            z_v = self.decoder(views[-1], video_masks[-1])  # (B, N, d)
+        view = self._video(clip, video_masks, teacher_mask, out)  # (B, 1 + n, d)
+        target = self._image(clip, image_masks, out)
+        if self.decoder is not None and view is not None:
+            z_v = self.decoder(view, video_masks[-1])  # (B, N, d)
             if self.prototypes is not None:
-                z_i = self._cluster_target(clip, teacher_tokens)  # (B, N, d)
+                z_i = self._cluster_target(clip, target)  # (B, N, d)
                 prototypes = F.normalize(self.prototypes, dim=-1)  # (K, d)
                 out.video_scores = F.normalize(z_v, dim=-1) @ prototypes.T  # (B, N, K)
                 out.target_scores = F.normalize(z_i, dim=-1) @ prototypes.T
@@ -147,52 +151,54 @@ class Discovr(nn.Module):
 
     def _video(
         self, clip: Tensor, masks: Tensor, teacher_mask: Tensor | None, out: DiscovrOutput
-    ) -> Tensor:
+    ) -> Tensor | None:
+        """Video branch; returns the global view's tokens (B, 1 + n, d) for the decoder."""
         if self.video_head is None and self.decoder is None:
-            return masks.new_empty(0)  # the image branch alone trains
+            return None  # the image branch alone trains
         first = 0 if self.video_head is not None else len(masks) - 1
-        last = len(masks) if self.decoder is not None else len(masks) - 1
-        views = self.video_student(clip, masks[first:last])  # (views, B, 1 + n, d)
+        whole = 1 if self.decoder is not None else 0
+        views = masks[first : len(masks) - 1 + whole]
+        cls, tokens = self.video_student.encode(clip, views, whole)
         if self.video_head is not None and self.video_teacher_head is not None:
             with torch.no_grad():
-                teacher_cls = self.video_teacher(clip, teacher_mask)[:, 0]  # (B, d)
+                teacher_cls, _ = self.video_teacher.encode(clip, teacher_mask)  # (B, d)
                 out.video_teacher_logits = self.video_teacher_head(teacher_cls)
-            student_cls = views[: len(masks) - 1, :, 0]  # (V, B, d)
+            student_cls = cls[: len(masks) - 1]  # (V, B, d)
             out.video_logits = self.video_head(student_cls)
             out.video_cls = torch.cat((student_cls, teacher_cls[None]))
             out.video_centre = self.video_centre
-        return views
+        return tokens[-1] if whole else None
 
     def _image(self, clip: Tensor, masks: Tensor | None, out: DiscovrOutput) -> Tensor | None:
-        """Image branch; returns the teacher's tokens (B, teacher frames, 1 + n, d)."""
+        """Image branch; returns the teacher's tokens of ``target_frames``, (B, t, 1 + n, d)."""
         frames = self.teacher_frames
         if self.image_student is None or self.image_teacher is None or not frames:
             return None
+        target = self.target_frames
+        order = [f for f in frames if f not in target] + target  # those that stay whole last
+        images = clip[:, :, order].movedim(2, 0).flatten(0, 1).unsqueeze(2)  # (F_t * B, 3, 1, H, W)
         with torch.no_grad():
-            tokens = self.image_teacher(_frames(clip, frames))  # (B * F_t, 1 + n, d)
-            tokens = tokens.unflatten(0, (len(clip), len(frames)))
+            teacher_cls, tokens = self.image_teacher.encode(images, whole=len(target) * len(clip))
         if self.image_head is not None and self.image_teacher_head is not None:
             if masks is None:
                 raise ValueError("the image branch is on, but no image_masks were given")
-            rows = [frames.index(f) for f in self.student_frames]
+            rows = [order.index(f) for f in self.student_frames]
             with torch.no_grad():
-                teacher_cls = tokens[:, rows, 0].flatten(0, 1)  # (B * F, d)
+                teacher_cls = teacher_cls.unflatten(0, (len(order), len(clip)))[rows]  # (F, B, d)
+                teacher_cls = teacher_cls.transpose(0, 1).flatten(0, 1)  # (B * F, d)
                 out.image_teacher_logits = self.image_teacher_head(teacher_cls)
-            student = self.image_student(_frames(clip, self.student_frames), masks)
-            student_cls = student[:, :, 0]  # (V, B * F, d)
+            images = _frames(clip, self.student_frames)
+            student_cls, _ = self.image_student.encode(images, masks)  # (V, B * F, d)
             out.image_logits = self.image_head(student_cls)
             out.image_cls = torch.cat((student_cls, teacher_cls[None]))
             out.image_centre = self.image_centre
-        return tokens
+        return tokens.unflatten(0, (len(target), len(clip))).transpose(0, 1)
 
-    def _cluster_target(self, clip: Tensor, teacher_tokens: Tensor | None) -> Tensor:
+    def _cluster_target(self, clip: Tensor, tokens: Tensor | None) -> Tensor:
         if self.pixel_projection is not None:
             return self.pixel_projection(_standardise(self.video_student.patchify(clip), -1))
-        assert teacher_tokens is not None
-        frames = self.teacher_frames
-        tubelets = range(0, clip.shape[2], self.video_student.tubelet_size)
-        z_i = teacher_tokens[:, [frames.index(f) for f in tubelets], 1:]  # (B, t, n, d)
-        return _standardise(z_i, -2).flatten(1, 2)  # (B, N, d), raster (t, h, w)
+        assert tokens is not None
+        return _standardise(tokens[:, :, 1:], -2).flatten(1, 2)  # (B, N, d), raster (t, h, w)
 
     @torch.no_grad()
     def update_teachers(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+Student = TypeVar("Student", bound=nn.Module)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -13,7 +16,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def make_teacher(student: nn.Module) -> nn.Module:
+def make_teacher(student: Student) -> Student:
     """A frozen copy in evaluation mode."""
     return copy.deepcopy(student).requires_grad_(False).eval()
 

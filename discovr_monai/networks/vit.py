@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from discovr_monai.masking import visible_indices
+from discovr_monai.networks.recompute import gelu_linear, norm_linear
 
 SHORT = 256  # tokens; the masked views of the paper have 6 and 161
 AMX = torch.cpu._is_amx_tile_supported()  # asked here: torch.compile cannot trace the question
@@ -64,17 +65,44 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qv_bias else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, n, d) -> (B, n, d)."""
+    @property
+    def qkv_bias(self) -> Tensor | None:
+        """(3 d), zero for the keys."""
+        if self.q_bias is None or self.v_bias is None:
+            return None
+        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """(B, n, d) -> (B, n, d), of norm(x)."""
         batch, n, dim = x.shape
-        bias = None
-        if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)  # (B, n, 3 d)
+        qkv = norm_linear(x, norm, self.qkv.weight, self.qkv_bias)  # (B, n, 3 d)
         qkv = qkv.view(batch, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each (B, heads, n, d / heads)
-        x = attend(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(batch, n, dim))
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(batch, n, dim))
+
+    def forward_cls(self, x: Tensor, norm: nn.LayerNorm, count: int) -> Tensor:
+        """As forward, where the first ``count`` sequences ask with their CLS only.
+
+        Returns:
+            (count + (B - count) n, d): one row each, then all rows of the other sequences.
+        """
+        dim, heads = x.shape[-1], self.num_heads
+        bias, weight = self.qkv_bias, self.qkv.weight
+        q_bias, kv_bias = (None, None) if bias is None else bias.split((dim, 2 * dim))
+        x = norm(x)
+        q = F.linear(_asking(x, count), weight[:dim], q_bias).unflatten(-1, (heads, -1))
+        kv = F.linear(x, weight[dim:], kv_bias)  # (B, n, 2 d)
+        k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        rows = [attend(q[:count, :, None], k[:count], v[:count]).flatten(1)]  # (count, d)
+        if count < len(x):
+            q = q[count:].unflatten(0, x[count:].shape[:2]).transpose(1, 2)
+            rows.append(attend(q, k[count:], v[count:]).transpose(1, 2).flatten(0, 1).flatten(1))
+        return self.proj(torch.cat(rows))
+
+
+def _asking(x: Tensor, count: int) -> Tensor:
+    """(B, n, d) -> (count + (B - count) n, d): CLS of the first sequences, all of the others."""
+    return torch.cat((x[:count, 0], x[count:].flatten(0, 1)))
 
 
 class Mlp(nn.Module):
@@ -85,9 +113,12 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.LayerNorm, keep: bool = False) -> Tensor:
+        """(..., d) -> (..., d), of norm(x); ``keep`` keeps GELU's output for backward."""
+        x = norm_linear(x, norm, self.fc1.weight, self.fc1.bias)
+        if keep:
+            return self.fc2(F.gelu(x))
+        return gelu_linear(x, self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):
@@ -109,15 +140,27 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, n, d) -> (B, n, d)."""
-        if self.recompute and torch.is_grad_enabled():  # nothing in it is random
-            return checkpoint(self._run, x, use_reentrant=False, preserve_rng_state=False)
-        return self._run(x)
+    def forward(self, x: Tensor, cls_only: int = 0) -> Tensor:
+        """One layer.
 
-    def _run(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        Args:
+            x: (B, n, d), CLS first.
+            cls_only: of so many sequences, the first ones, nothing but CLS is wanted.
+
+        Returns:
+            (B, n, d); with ``cls_only``, rows: (cls_only + (B - cls_only) n, d).
+        """
+        if self.recompute and torch.is_grad_enabled():  # nothing in it is random
+            return checkpoint(self._run, x, cls_only, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, cls_only)
+
+    def _run(self, x: Tensor, cls_only: int) -> Tensor:
+        if cls_only:
+            x = _asking(x, cls_only) + self.attn.forward_cls(x, self.norm1, cls_only)
+        else:
+            x = x + self.attn(x, self.norm1)
+        # run again, a block stops at what its last product keeps, before that product
+        return x + self.mlp(x, self.norm2, keep=self.recompute)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -230,6 +273,40 @@ class VisionTransformer(nn.Module):
             one, the mean of the rest), then the visible tokens in raster order, after the
             final norm.
         """
+        x, views = self._embed(clip, mask)
+        for block in self.blocks:
+            x = block(x)
+        return self._with_cls(self.norm(x)).unflatten(0, views)
+
+    def encode(
+        self, clip: Tensor, mask: Tensor | None = None, whole: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, where most views end with their CLS: the last block skips the rest.
+
+        Args:
+            clip, mask: see forward.
+            whole: of so many views, the last ones, all tokens are wanted (without a mask: clips).
+
+        Returns:
+            CLS (..., B, d) of all views, and (whole, ..., 1 + n, d): forward's values both.
+        """
+        x, views = self._embed(clip, mask)
+        length, each = x.shape[1], x.shape[0] // views[0]
+        cls_only = len(x) - whole * each
+        if self.cls_token is None or not (cls_only and self.blocks):  # a mean needs all tokens
+            for block in self.blocks:
+                x = block(x)
+            x = self._with_cls(self.norm(x)).unflatten(0, views)
+            return x[..., 0, :], x[len(x) - whole :]
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.norm(self.blocks[-1](x, cls_only))  # (cls_only + whole * each * length, d)
+        tokens = x[cls_only:].unflatten(0, (whole, *views[1:], length))
+        cls = torch.cat((x[:cls_only], x[cls_only::length]))
+        return cls.unflatten(0, views), tokens
+
+    def _embed(self, clip: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+        """Tokens before the first block, (views * B, 1 + n, d), and the shape (views, B)."""
         patches = self.patchify(clip)  # (B, N, P)
         positions = self.pos_embed[:, -self.num_tokens :]  # (1, N, d)
         views: tuple[int, ...] = patches.shape[:1]
@@ -248,12 +325,13 @@ class VisionTransformer(nn.Module):
         if self.cls_token is not None:
             cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat((cls, x), dim=1)  # (views * B, 1 + n, d)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
+        return x, views
+
+    def _with_cls(self, x: Tensor) -> Tensor:
+        """(rows, n, d) -> (rows, 1 + n, d): the mean in front where there is no CLS token."""
         if self.cls_token is None:
             x = torch.cat((x.mean(1, keepdim=True), x), dim=1)
-        return x.unflatten(0, views)
+        return x
 
 
 def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:

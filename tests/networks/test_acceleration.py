@@ -120,8 +120,9 @@ def test_a_block_is_one_graph_with_and_without_recomputation(
             for name, value in one.items():
                 close = {"rtol": 1e-5, "atol": 1e-5} if dtype is None else {"rtol": 0, "atol": 0.05}
                 torch.testing.assert_close(other[name], value, **close, msg=name)
-    # video and image students, their teachers and the decoder; the teachers' serve both times
-    assert quick_compiler["stats"]["unique_graphs"] == 5 + 3
+    # video and image students, their teachers and the decoder, and the last blocks of the four
+    # encoders, which give CLS alone to some; the teachers' graphs serve both times
+    assert quick_compiler["stats"]["unique_graphs"] == 9 + 5
     assert not quick_compiler["graph_break"]
 
 

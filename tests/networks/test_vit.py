@@ -166,3 +166,42 @@ def test_sizes_that_do_not_divide(options, message):
 def test_a_clip_of_another_size_is_refused(clip):
     with pytest.raises(ValueError, match=r"built for clips \(B, 3, 4, 16, 16\) but got \(3, 3, 2"):
         tiny_encoder()(clip[:, :, :2])
+
+
+@pytest.mark.parametrize("whole", [0, 1, 3])
+@pytest.mark.parametrize("options", [{}, {"qv_bias": False}, {"depth": 0}, {"cls_token": False}])
+def test_skipping_what_nobody_reads_changes_no_value_and_no_gradient(clip, whole, options):
+    torch.manual_seed(0)
+    encoder = tiny_encoder(**options).double()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    masks = tube_masks(torch.rand(3, 3, 16), encoder.grid, 0.7)
+    results = []
+    for skip in (False, True):
+        encoder.zero_grad(set_to_none=True)
+        if skip:
+            cls, tokens = encoder.encode(clip.double(), masks, whole)
+        else:
+            x = encoder(clip.double(), masks)
+            cls, tokens = x[..., 0, :], x[len(x) - whole :]
+        (cls.sin().sum() + tokens.cos().sum()).backward()
+        grads = {n: p.grad for n, p in encoder.named_parameters()}
+        results.append((cls, tokens, grads))
+    (cls, tokens, grads), (our_cls, our_tokens, found) = results
+    torch.testing.assert_close(our_cls, cls)
+    torch.testing.assert_close(our_tokens, tokens)
+    assert tokens.shape == our_tokens.shape
+    for name, value in grads.items():
+        if value is None:
+            assert found[name] is None, name
+        else:
+            torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_without_a_mask_the_last_clips_stay_whole(clip):
+    encoder = tiny_encoder()
+    x = encoder(clip)
+    cls, tokens = encoder.encode(clip, whole=2)
+    torch.testing.assert_close(cls, x[:, 0])
+    torch.testing.assert_close(tokens, x[1:])
+    assert encoder.encode(clip)[1].shape == (0, *x.shape[1:])
