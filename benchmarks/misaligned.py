@@ -22,10 +22,10 @@ class MisalignedDiscovr(Discovr):
         """All frames: every second token is taken later."""
         return list(range(self.video_student.clip_shape[1]))
 
-    def forward(self, clip: Tensor, video_masks: Tensor, *masks: Any) -> Any:
+    def forward(self, clip: Tensor, video_masks: Tensor, *masks: Any, **others: Any) -> Any:
         """As the parent's; remembers the order of the decoder's rows."""
         self._order = torch.argsort(video_masks[-1].to(torch.uint8), dim=1, stable=True)  # (B, N)
-        return super().forward(clip, video_masks, *masks)
+        return super().forward(clip, video_masks, *masks, **others)
 
     def _cluster_target(self, clip: Tensor, tokens: Tensor | None) -> Tensor:
         assert tokens is not None

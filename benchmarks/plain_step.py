@@ -90,8 +90,9 @@ class PlainDiscovr(Discovr):
         video_masks: Tensor,
         image_masks: Tensor | None = None,
         teacher_mask: Tensor | None = None,
+        image_loss: object = None,
     ) -> DiscovrOutput:
-        """As :meth:`Discovr.forward`."""
+        """As :meth:`Discovr.forward`; the image branch's backward comes with all others."""
         image, image_teacher, decoder = self.image_student, self.image_teacher, self.decoder
         assert image is not None and image_teacher is not None and decoder is not None
         assert image_masks is not None and self.prototypes is not None

@@ -140,6 +140,8 @@ class DiscovrOutput:
         global_mask: (B, N) bool, True where the decoder's view was masked.
         video_cls: (V + 1, B, d_v) CLS tokens: V student views, then the teacher's.
         image_cls: (V + 1, B * F, d) likewise.
+        image_loss: the image students' own term, where its backward was taken in the forward;
+            image_logits and image_cls then take no gradient.
     """
 
     video_logits: torch.Tensor | None = None
@@ -155,6 +157,7 @@ class DiscovrOutput:
     global_mask: torch.Tensor | None = None
     video_cls: torch.Tensor | None = None
     image_cls: torch.Tensor | None = None
+    image_loss: torch.Tensor | None = None
 
 
 class CheckpointError(ValueError):

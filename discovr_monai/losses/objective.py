@@ -41,6 +41,18 @@ class Objective(nn.Module):
         """Fields of :class:`DiscovrOutput` that the terms read."""
         return {field for term in self.terms.values() for field in term.needs}  # type: ignore[union-attr]
 
+    @property
+    def image_term(self) -> str | None:
+        """The term that alone reads the image students, if it reads nothing of the video."""
+        readers = [
+            (name, set(term.needs))  # type: ignore[arg-type]
+            for name, term in self.terms.items()
+            if {"image_logits", "image_cls"} & set(term.needs)  # type: ignore[arg-type]
+        ]
+        if len(readers) != 1 or any(not field.startswith("image_") for field in readers[0][1]):
+            return None
+        return readers[0][0]
+
     def forward(self, output: DiscovrOutput, step: int = 0) -> dict[str, Tensor]:
         """{"loss": weighted sum, name: unweighted scalar, ...}."""
         missing = sorted(f for f in self.needs if getattr(output, f) is None)
@@ -49,7 +61,8 @@ class Objective(nn.Module):
                 f"the network gives no {', '.join(missing)}, which the objective's terms "
                 f"{sorted(self.terms)} need: configure the branch, or set the term's weight to 0"
             )
-        losses = {name: term(output, step) for name, term in self.terms.items()}
+        known = {} if output.image_loss is None else {self.image_term: output.image_loss}
+        losses = {n: known[n] if n in known else t(output, step) for n, t in self.terms.items()}
         total = sum(self.weights[name] * loss for name, loss in losses.items())
         assert isinstance(total, Tensor)
         return {"loss": total, **losses}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from discovr_monai.distributed import all_reduce_mean
+from discovr_monai.networks.early import early_backward
 from discovr_monai.networks.ema import ema_update, make_teacher
 from discovr_monai.networks.heads import Decoder, ProjectionHead
 from discovr_monai.networks.vit import VisionTransformer
@@ -122,6 +125,7 @@ class Discovr(nn.Module):
         video_masks: Tensor,
         image_masks: Tensor | None = None,
         teacher_mask: Tensor | None = None,
+        image_loss: Callable[[DiscovrOutput], Tensor] | None = None,
     ) -> DiscovrOutput:
         """One training pass: every term's inputs, nothing updated.
 
@@ -130,13 +134,16 @@ class Discovr(nn.Module):
             video_masks: (V + 1, B, N) bool, True = masked; the last is the global view.
             image_masks: (V, B * F, n) bool for the F frames of ``student_frames``.
             teacher_mask: (B, N) bool, True = not shown to the video teacher; None shows it all.
+            image_loss: the one thing that the image students are trained by, a scalar of the
+                output's image fields. The image branch then has its backward here, before the
+                video branch begins, and most of the memory of the larger of the two is enough.
 
         Returns:
             See :class:`DiscovrOutput`.
         """
         out = DiscovrOutput(global_mask=video_masks[-1])
+        target = self._image(clip, image_masks, image_loss, out)
         view = self._video(clip, video_masks, teacher_mask, out)  # (B, 1 + n, d)
-        target = self._image(clip, image_masks, out)
         if self.decoder is not None and view is not None:
             z_v = self.decoder(view, video_masks[-1])  # (B, N, d)
             if self.prototypes is not None:
@@ -169,7 +176,13 @@ class Discovr(nn.Module):
             out.video_centre = self.video_centre
         return tokens[-1] if whole else None
 
-    def _image(self, clip: Tensor, masks: Tensor | None, out: DiscovrOutput) -> Tensor | None:
+    def _image(
+        self,
+        clip: Tensor,
+        masks: Tensor | None,
+        loss: Callable[[DiscovrOutput], Tensor] | None,
+        out: DiscovrOutput,
+    ) -> Tensor | None:
         """Image branch; returns the teacher's tokens of ``target_frames``, (B, t, 1 + n, d)."""
         frames = self.teacher_frames
         if self.image_student is None or self.image_teacher is None or not frames:
@@ -187,12 +200,33 @@ class Discovr(nn.Module):
                 teacher_cls = teacher_cls.unflatten(0, (len(order), len(clip)))[rows]  # (F, B, d)
                 teacher_cls = teacher_cls.transpose(0, 1).flatten(0, 1)  # (B * F, d)
                 out.image_teacher_logits = self.image_teacher_head(teacher_cls)
-            images = _frames(clip, self.student_frames)
-            student_cls, _ = self.image_student.encode(images, masks)  # (V, B * F, d)
-            out.image_logits = self.image_head(student_cls)
-            out.image_cls = torch.cat((student_cls, teacher_cls[None]))
             out.image_centre = self.image_centre
+            self._image_students(clip, masks, loss, teacher_cls, out)
         return tokens.unflatten(0, (len(target), len(clip))).transpose(0, 1)
+
+    def _image_students(
+        self,
+        clip: Tensor,
+        masks: Tensor,
+        loss: Callable[[DiscovrOutput], Tensor] | None,
+        teacher_cls: Tensor,
+        out: DiscovrOutput,
+    ) -> None:
+        student, head = self.image_student, self.image_head
+        assert student is not None and head is not None
+
+        def run() -> Tensor:
+            cls, _ = student.encode(_frames(clip, self.student_frames), masks)  # (V, B * F, d)
+            out.image_logits = head(cls)
+            out.image_cls = torch.cat((cls, teacher_cls[None]))
+            return out.image_logits if loss is None else loss(out)
+
+        if loss is None or not torch.is_grad_enabled():
+            run()
+            return
+        out.image_loss = early_backward(run, (*student.parameters(), *head.parameters()))
+        assert out.image_logits is not None and out.image_cls is not None
+        out.image_logits, out.image_cls = out.image_logits.detach(), out.image_cls.detach()
 
     def _cluster_target(self, clip: Tensor, tokens: Tensor | None) -> Tensor:
         if self.pixel_projection is not None:

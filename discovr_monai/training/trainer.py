@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -228,7 +229,7 @@ class DiscovrTrainer(SupervisedTrainer):
         self.network.train()
         rows = (micro * world_size() + rank()) * len(clip)
         with self._gradients_cross_ranks(micro == group - 1):
-            output = self._forward(self.network, clip, step, rows)
+            output = self._forward(self.network, clip, step, rows, self._image_loss(step))
             losses = self.loss_function(output, step)
             (losses["loss"] / group).backward()
         self._collect(output)
@@ -241,7 +242,25 @@ class DiscovrTrainer(SupervisedTrainer):
             result.update(diagnose(output, self.loss_function, step))
         return [result]  # a list, as MONAI's handlers expect of decollated output
 
-    def _forward(self, network: nn.Module, clip: Tensor, step: int, first: int) -> DiscovrOutput:
+    def _image_loss(self, step: int) -> Callable[[DiscovrOutput], Tensor] | None:
+        """The image branch's own term, whose backward then need not wait for the video branch.
+
+        None where there is no such term, and where shards of the network want their gradients
+        in one backward.
+        """
+        name = self.loss_function.image_term
+        if name is None or is_sharded(self.network):
+            return None
+        return partial(self.loss_function.terms[name], step=step)
+
+    def _forward(
+        self,
+        network: nn.Module,
+        clip: Tensor,
+        step: int,
+        first: int,
+        image_loss: Callable[[DiscovrOutput], Tensor] | None = None,
+    ) -> DiscovrOutput:
         """Clips that are the rows ``first`` on of a global batch, under the step's masks."""
         inner = unwrap(self.network)
         image = inner.image_student if inner.image_head is not None else None
@@ -255,7 +274,7 @@ class DiscovrTrainer(SupervisedTrainer):
         )
         dtype = PRECISIONS[self.precision]
         with torch.autocast(clip.device.type, dtype=dtype, enabled=dtype is not None):
-            return network(clip, *masks)
+            return network(clip, *masks, image_loss=image_loss)
 
     @torch.no_grad()
     def evaluate_batch(

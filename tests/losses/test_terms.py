@@ -14,6 +14,37 @@ from discovr_monai.losses.reconstruction import PixelReconstruction
 from discovr_monai.losses.sinkhorn import sinkhorn
 from discovr_monai.schedules import LinearRamp
 from discovr_monai.types import DiscovrOutput
+from tests.conftest import tiny_objective
+from tests.networks.test_discovr import masks_for
+
+
+class Reads(torch.nn.Module):
+    def __init__(self, *needs):
+        super().__init__()
+        self.needs = needs
+
+
+@pytest.mark.parametrize(
+    ("terms", "name"),
+    [
+        ({"image": SelfDistillation("image"), "video": SelfDistillation("video")}, "image"),
+        ({"frames": SelfDistillation("image")}, "frames"),  # whatever its name is
+        ({"video": SelfDistillation("video")}, None),
+        ({"image": SelfDistillation("image"), "own": Reads("image_cls")}, None),  # two
+        ({"both": Reads("image_cls", "video_cls")}, None),  # not of the image alone
+        ({"image": SelfDistillation("image"), "own": Reads("image_teacher_logits")}, "image"),
+    ],
+)
+def test_the_term_that_alone_trains_the_image_students(terms, name):
+    assert Objective(terms).image_term == name
+
+
+def test_a_term_that_is_known_is_not_computed_again(network, clip):
+    output = network(clip, *masks_for(network))
+    output.image_loss = torch.tensor(7.0)
+    losses = tiny_objective()(output)
+    assert losses["image"] == 7.0
+    assert losses["loss"] == losses["image"] + losses["video"] + losses["cluster"]
 
 
 def random_output(**fields) -> DiscovrOutput:

@@ -12,6 +12,8 @@ from discovr_monai.data.dataset import ClipDataset, EpochSampler
 from discovr_monai.losses.distillation import SelfDistillation
 from discovr_monai.losses.objective import Objective
 from discovr_monai.masking import TubeMasking
+from discovr_monai.networks import discovr as discovr_module
+from discovr_monai.networks.early import early_backward
 from discovr_monai.schedules import CosineRamp, WarmupCosine
 from discovr_monai.training.checkpoint import Checkpoints
 from discovr_monai.training.handlers import CollapseWatch, EpochMeans
@@ -105,6 +107,28 @@ def test_accumulated_steps_equal_one_big_step():
         engine.run()
         runs.append(engine)
     assert same_state(*runs) < 1e-12
+
+
+class ReadsImages(torch.nn.Module):
+    """A term of one's own that trains the image students, too."""
+
+    needs = ("image_cls",)
+
+    def forward(self, output, step=0):
+        return output.image_cls.square().mean()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_image_branch_goes_first_where_one_term_alone_trains_it(monkeypatch, shared):
+    seen = []
+    monkeypatch.setattr(
+        discovr_module, "early_backward", lambda *a: (seen.append(1), early_backward(*a))[1]
+    )
+    terms = dict(tiny_objective().terms) | ({"own": ReadsImages()} if shared else {})
+    engine = trainer(objective=Objective(terms), epochs=1)
+    engine.run()
+    assert len(seen) == (0 if shared else engine.state.epoch_length)
+    assert all(p.grad is not None for p in engine.network.image_student.parameters())
 
 
 def test_teachers_follow_after_the_step():

@@ -1,0 +1,93 @@
+"""The image branch's backward inside the forward: the same result, and its memory is free sooner."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from discovr_monai.losses.objective import Objective
+from discovr_monai.networks.acceleration import accelerate
+from discovr_monai.networks.early import early_backward
+from tests.conftest import tiny_network, tiny_objective
+from tests.networks.test_discovr import masks_for
+
+
+def moved_network():
+    """No weight at its start of zero."""
+    torch.manual_seed(0)
+    network = tiny_network()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def run(network, objective, clip, dtype, early):
+    image = partial(objective.terms["image"], step=3) if early else None
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        output = network(clip, *masks_for(network), image_loss=image)
+    losses = objective(output, 3)
+    (losses["loss"] / 2).backward()
+    gradients = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+    return output, losses, gradients
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_losses_and_gradients_are_the_same_to_the_last_bit(clip, dtype, recompute):
+    objective = Objective(dict(tiny_objective().terms), {"image": 0.5, "video": 2.0})
+    late = accelerate(moved_network(), activation_checkpointing=recompute)
+    early = copy.deepcopy(late)
+    _, expected, gradients = run(late, objective, clip, dtype, early=False)
+    output, losses, found = run(early, objective, clip, dtype, early=True)
+    assert gradients.keys() == found.keys()
+    assert gradients.keys() == {n for n, p in late.named_parameters() if p.requires_grad}
+    for ours, theirs in ((losses, expected), (found, gradients)):
+        for name, value in theirs.items():
+            assert torch.equal(ours[name], value), name
+    assert not output.image_logits.requires_grad  # what would be lost in silence
+
+
+def test_the_image_branch_is_forgotten_before_the_video_branch_begins(clip):
+    alive = {}
+    for early in (False, True):
+        network, first = moved_network(), []
+        network.image_student.blocks[0].register_forward_hook(
+            lambda _, x, y, first=first: first.append(weakref.ref(y))
+        )
+
+        def look(*_, first=first, early=early):
+            alive.setdefault(early, first[0]() is not None)
+
+        network.video_student.blocks[0].register_forward_pre_hook(look)
+        run(network, tiny_objective(), clip, None, early=early)
+    assert alive == {False: True, True: False}
+
+
+def test_nothing_is_early_without_gradient(clip):
+    objective = tiny_objective()
+    network = moved_network()
+    with torch.no_grad():
+        output = network(clip, *masks_for(network), image_loss=objective.terms["image"])
+    assert output.image_loss is None
+    assert torch.isfinite(objective(output)["image"])
+
+
+def test_parameters_that_rest_stay_out_and_gradients_arrive_once_and_scaled():
+    layer, seen = nn.Linear(3, 2).double(), []
+    layer.bias.requires_grad_(False)
+    layer.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))  # as DDP's
+    x = torch.randn(4, 3, dtype=torch.float64)
+    loss = early_backward(lambda: layer(x).square().sum(), layer.parameters())
+    assert layer.weight.grad is None
+    assert not seen
+    (3 * loss).backward()
+    expected = 3 * 2 * layer(x).T @ x
+    torch.testing.assert_close(layer.weight.grad, expected)
+    assert len(seen) == 1
+    assert layer.bias.grad is None
