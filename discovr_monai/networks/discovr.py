@@ -142,7 +142,7 @@ class Discovr(nn.Module):
             See :class:`DiscovrOutput`.
         """
         out = DiscovrOutput(global_mask=video_masks[-1])
-        target = self._image(clip, image_masks, image_loss, out)
+        target, early = self._image(clip, image_masks, image_loss, out)
         view = self._video(clip, video_masks, teacher_mask, out)  # (B, 1 + n, d)
         if self.decoder is not None and view is not None:
             z_v = self.decoder(view, video_masks[-1])  # (B, N, d)
@@ -154,6 +154,8 @@ class Discovr(nn.Module):
             if self.pixel_head is not None:
                 out.pixels = self.pixel_head(z_v)  # (B, N, P)
                 out.pixel_targets = self.video_student.patchify(clip)
+        if early is not None:
+            out.image_loss = early()  # here, so that in backward it comes first
         return out
 
     def _video(
@@ -182,11 +184,16 @@ class Discovr(nn.Module):
         masks: Tensor | None,
         loss: Callable[[DiscovrOutput], Tensor] | None,
         out: DiscovrOutput,
-    ) -> Tensor | None:
-        """Image branch; returns the teacher's tokens of ``target_frames``, (B, t, 1 + n, d)."""
-        frames = self.teacher_frames
+    ) -> tuple[Tensor | None, Callable[[], Tensor] | None]:
+        """Image branch.
+
+        Returns:
+            The teacher's tokens of ``target_frames``, (B, t, 1 + n, d); and what gives the
+            loss whose backward is done.
+        """
+        frames, early = self.teacher_frames, None
         if self.image_student is None or self.image_teacher is None or not frames:
-            return None
+            return None, None
         target = self.target_frames
         order = [f for f in frames if f not in target] + target  # those that stay whole last
         images = clip[:, :, order].movedim(2, 0).flatten(0, 1).unsqueeze(2)  # (F_t * B, 3, 1, H, W)
@@ -201,8 +208,8 @@ class Discovr(nn.Module):
                 teacher_cls = teacher_cls.transpose(0, 1).flatten(0, 1)  # (B * F, d)
                 out.image_teacher_logits = self.image_teacher_head(teacher_cls)
             out.image_centre = self.image_centre
-            self._image_students(clip, masks, loss, teacher_cls, out)
-        return tokens.unflatten(0, (len(target), len(clip))).transpose(0, 1)
+            early = self._image_students(clip, masks, loss, teacher_cls, out)
+        return tokens.unflatten(0, (len(target), len(clip))).transpose(0, 1), early
 
     def _image_students(
         self,
@@ -211,7 +218,7 @@ class Discovr(nn.Module):
         loss: Callable[[DiscovrOutput], Tensor] | None,
         teacher_cls: Tensor,
         out: DiscovrOutput,
-    ) -> None:
+    ) -> Callable[[], Tensor] | None:
         student, head = self.image_student, self.image_head
         assert student is not None and head is not None
 
@@ -223,10 +230,11 @@ class Discovr(nn.Module):
 
         if loss is None or not torch.is_grad_enabled():
             run()
-            return
-        out.image_loss = early_backward(run, (*student.parameters(), *head.parameters()))
+            return None
+        early = early_backward(run, (*student.parameters(), *head.parameters()))
         assert out.image_logits is not None and out.image_cls is not None
         out.image_logits, out.image_cls = out.image_logits.detach(), out.image_cls.detach()
+        return early
 
     def _cluster_target(self, clip: Tensor, tokens: Tensor | None) -> Tensor:
         if self.pixel_projection is not None:

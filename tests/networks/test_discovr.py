@@ -95,12 +95,12 @@ def test_a_place_of_the_target_is_where_the_frame_changed(clip):
     torch.manual_seed(0)
     network = tiny_network(image=tiny_encoder(1, 1, depth=0))
     base = network._cluster_target(
-        clip, network._image(clip, masks_for(network)[1], None, _blank())
+        clip, network._image(clip, masks_for(network)[1], None, _blank())[0]
     )
     other = clip.clone()
     other[:, :, 2, 4:8, 8:12] += 5  # tubelet 1, row 1, column 2
     moved = network._cluster_target(
-        other, network._image(other, masks_for(network)[1], None, _blank())
+        other, network._image(other, masks_for(network)[1], None, _blank())[0]
     )
     distance = (moved - base).norm(dim=-1)[0]
     assert int(distance.argmax()) == (1 * 4 + 1) * 4 + 2

@@ -69,6 +69,19 @@ def test_the_image_branch_is_forgotten_before_the_video_branch_begins(clip):
     assert alive == {False: True, True: False}
 
 
+def test_gradients_of_the_image_branch_come_first_so_that_they_can_cross_ranks_meanwhile(clip):
+    network, order = moved_network(), []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            part = name.partition("_")[0]
+            parameter.register_post_accumulate_grad_hook(lambda _, part=part: order.append(part))
+    run(network, tiny_objective(), clip, None, early=True)
+    last = max(i for i, part in enumerate(order) if part == "image")
+    others = [part for part in order[:last] if part != "image"]
+    assert len(others) <= 1  # the prototypes, whose products are the loss's own
+    assert "video" in order[last:]
+
+
 def test_nothing_is_early_without_gradient(clip):
     objective = tiny_objective()
     network = moved_network()
@@ -83,7 +96,7 @@ def test_parameters_that_rest_stay_out_and_gradients_arrive_once_and_scaled():
     layer.bias.requires_grad_(False)
     layer.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))  # as DDP's
     x = torch.randn(4, 3, dtype=torch.float64)
-    loss = early_backward(lambda: layer(x).square().sum(), layer.parameters())
+    loss = early_backward(lambda: layer(x).square().sum(), layer.parameters())()
     assert layer.weight.grad is None
     assert not seen
     (3 * loss).backward()
