@@ -41,20 +41,28 @@ class TagAgreement(ScoringMethod):
         return {"y": FINAL, "y_pred": PROPOSED}
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """{"cines": how many have both, NAME: mean Dice}; request: "y", "y_pred"."""
+        """{"cines": how many have both, NAME: mean Dice}; request: "y", "y_pred".
+
+        "set_aside" are the ids whose labels cannot be read or compared.
+        """
         y = check_tag(str(request.get("y") or FINAL))
         other = check_tag(str(request.get("y_pred") or PROPOSED))
         found: dict[str, list[float]] = {}
         both = sorted({*datastore.get_labeled_images(y)} & {*datastore.get_labeled_images(other)})
+        aside = []
         for identity in both:
-            a, b = labels_of(datastore, identity, y), labels_of(datastore, identity, other)
-            names = {
-                self.structures[v - 1]: d for v, d in agreement(a, b, len(self.structures)).items()
-            }
+            try:
+                a, b = labels_of(datastore, identity, y), labels_of(datastore, identity, other)
+                dices = agreement(a, b, len(self.structures))
+            except Exception:  # one label, whatever is wrong with it
+                aside.append(identity)
+                continue
+            names = {self.structures[v - 1]: d for v, d in dices.items()}
             datastore.update_label_info(identity, y, {f"dice_{other}": names})
             for name, value in names.items():
                 found.setdefault(name, []).append(value)
-        return {"cines": len(both), **{k: float(np.mean(v)) for k, v in found.items()}}
+        told = {"cines": len(both) - len(aside), "set_aside": aside}
+        return {**told, **{k: float(np.mean(v)) for k, v in found.items()}}
 
 
 class VersionAgreement(ScoringMethod):
@@ -178,14 +186,21 @@ class LabelPlausibility(ScoringMethod):
         return {"y": FINAL}
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """{"cines", "score": mean, "doubtful": ids with a reason}; request: "y", the tag."""
+        """{"cines", "score": mean, "doubtful": ids with a reason}; request: "y", the tag.
+
+        "set_aside" are the ids whose label cannot be read.
+        """
         tag = check_tag(str(request.get("y") or FINAL))
-        scores, doubtful = [], []
+        scores, doubtful, aside = [], [], []
         for identity in sorted(datastore.get_labeled_images(tag)):
-            labels = labels_of(datastore, identity, tag)
-            if not labels.any():
+            try:
+                labels = labels_of(datastore, identity, tag)
+                if not labels.any():
+                    continue
+                found = plausibility(labels)
+            except Exception:  # one label, whatever is wrong with it
+                aside.append(identity)
                 continue
-            found = plausibility(labels)
             told: dict[str, Any] = {"score": found.score}
             told["frames"] = {str(t): why for t, why in found.reasons.items()}
             if math.isfinite(found.ef):
@@ -195,7 +210,7 @@ class LabelPlausibility(ScoringMethod):
             if found.reasons or found.ef_out_of_range:
                 doubtful.append(identity)
         mean = float(np.mean(scores)) if scores else 0.0
-        return {"cines": len(scores), "score": mean, "doubtful": doubtful}
+        return {"cines": len(scores), "score": mean, "doubtful": doubtful, "set_aside": aside}
 
 
 def scorings(server: Reads, versions: Versions) -> dict[str, ScoringMethod]:

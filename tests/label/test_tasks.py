@@ -190,7 +190,7 @@ def test_scorings_write_what_json_holds(place):
     own = Path(place.store.get_label_uri("c03", "final"))
     Path(place.store.get_label_uri("c03", "original")).write_bytes(own.read_bytes())
     found = known["dice"]({}, place.store)
-    assert found == {"cines": 1, "lv_cavity": 1.0, "myocardium": 1.0}
+    assert found == {"cines": 1, "set_aside": [], "lv_cavity": 1.0, "myocardium": 1.0}
     assert place.store.info[("c03", "final")]["dice_original"]["lv_cavity"] == 1.0
     judged = known["plausibility"]({"y": "final"}, place.store)
     assert judged["cines"] == 10 and judged["score"] == 1
@@ -201,6 +201,19 @@ def test_scorings_write_what_json_holds(place):
     app = SimpleNamespace(_scoring_methods=known)  # what the server lets through
     for method, options in (("dice", {"y", "y_pred"}), ("plausibility", {"y"})):
         assert options <= task_keys(app, "/scoring/{method}", {"method": method})
+
+
+def test_a_label_that_cannot_be_read_does_not_end_a_scoring(place):
+    known = scorings(place.server, place.versions)
+    (place.root / "labels" / "original").mkdir()
+    for identity in ("c03", "c05"):
+        own = Path(place.store.get_label_uri(identity, "final"))
+        Path(place.store.get_label_uri(identity, "original")).write_bytes(own.read_bytes())
+    Path(place.store.get_label_uri("c03", "final")).write_bytes(b"damaged")
+    found = known["dice"]({}, place.store)
+    assert found == {"cines": 1, "set_aside": ["c03"], "lv_cavity": 1.0, "myocardium": 1.0}
+    judged = known["plausibility"]({}, place.store)
+    assert (judged["cines"], judged["set_aside"]) == (9, ["c03"])
 
 
 def test_two_versions_are_compared_by_running_both(place):
