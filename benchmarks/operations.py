@@ -90,14 +90,16 @@ def blocks(
     for number, block in enumerate(stack, start=1):
         asking = rows - (cls_only * (tokens - 1) if number == len(stack) else 0)
         width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
+        first = [(rows, width, 3 * width)]
+        if asking != rows:
+            first = [(asking, width, width), (rows, width, 2 * width)]
         for count, inner, columns in (
-            (asking, width, width), (rows, width, 2 * width), (asking, width, width),
-            (asking, width, hidden), (asking, hidden, width),
+            *first, (asking, width, width), (asking, width, hidden), (asking, hidden, width),
         ):  # fmt: skip
             total += product(count, inner, columns, element=element, gradients=gradients)
         total += attention(rows, asking, tokens, width, element=element, train=train)
-        each = 2 * (NORM + 1) * width + GELU * hidden  # two norms, two residuals
-        total += Count(other=float(asking * each * (1 + train)))
+        each = (NORM + 2) * width + GELU * hidden  # a norm, two residuals; the first norm is of all
+        total += Count(other=float((asking * each + rows * NORM * width) * (1 + train)))
     return total
 
 

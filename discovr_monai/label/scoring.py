@@ -114,6 +114,7 @@ class VersionAgreement(ScoringMethod):
                 found[key].append(values)
         self._report(bad)
         if bad and not found["between"]:
+            (self.versions.folder / "compared.json").unlink(missing_ok=True)
             raise ValueError(
                 f"no cine could be compared: all {len(bad)} were set aside, the reasons are in "
                 f"{self._aside.name} beside the versions; the first: {next(iter(bad.values()))[1]}"

@@ -43,7 +43,9 @@ class Objective(nn.Module):
 
     @property
     def image_term(self) -> str | None:
-        """The term that alone reads the image students, if it reads nothing of the video."""
+        """The term that alone reads the image students, if it trains nothing else."""
+        if type(self).forward is not Objective.forward:
+            return None  # its own way with the terms
         readers = [
             (name, set(term.needs))  # type: ignore[arg-type]
             for name, term in self.terms.items()
@@ -51,7 +53,8 @@ class Objective(nn.Module):
         ]
         if len(readers) != 1 or any(not field.startswith("image_") for field in readers[0][1]):
             return None
-        return readers[0][0]
+        name = readers[0][0]
+        return None if any(p.requires_grad for p in self.terms[name].parameters()) else name
 
     def forward(self, output: DiscovrOutput, step: int = 0) -> dict[str, Tensor]:
         """{"loss": weighted sum, name: unweighted scalar, ...}."""
@@ -61,7 +64,10 @@ class Objective(nn.Module):
                 f"the network gives no {', '.join(missing)}, which the objective's terms "
                 f"{sorted(self.terms)} need: configure the branch, or set the term's weight to 0"
             )
-        known = {} if output.image_loss is None else {self.image_term: output.image_loss}
+        known = {}
+        if output.image_loss is not None:
+            assert self.image_term is not None, "no term alone trains the image students"
+            known = {self.image_term: output.image_loss}
         losses = {n: known[n] if n in known else t(output, step) for n, t in self.terms.items()}
         total = sum(self.weights[name] * loss for name, loss in losses.items())
         assert isinstance(total, Tensor)

@@ -226,12 +226,21 @@ class Discovr(nn.Module):
             cls, _ = student.encode(_frames(clip, self.student_frames), masks)  # (V, B * F, d)
             out.image_logits = head(cls)
             out.image_cls = torch.cat((cls, teacher_cls[None]))
-            return out.image_logits if loss is None else loss(out)
+            if loss is None:
+                return out.image_logits
+            with torch.autocast(clip.device.type, enabled=False):  # as the other terms
+                return loss(out)
 
-        if loss is None or not torch.is_grad_enabled():
+        parameters = (*student.parameters(), *head.parameters())
+        if (
+            loss is None
+            or not torch.is_grad_enabled()
+            or any(p._backward_hooks for p in parameters)
+        ):
+            loss = None
             run()
             return None
-        early = early_backward(run, (*student.parameters(), *head.parameters()))
+        early = early_backward(run, parameters)
         assert out.image_logits is not None and out.image_cls is not None
         out.image_logits, out.image_cls = out.image_logits.detach(), out.image_cls.detach()
         return early

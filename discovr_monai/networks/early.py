@@ -15,8 +15,9 @@ def early_backward(
 ) -> Callable[[], Tensor]:
     """Takes a scalar's gradients at once, and forgets all else that it needed.
 
-    The order of work is another, the result the same. (A hook that Tensor.register_hook has put
-    on a parameter fires here and again in the later backward.)
+    The order of work is another; the result is the same but for the rounding of the factor that
+    the later backward brings. Not for parameters with hooks of Tensor.register_hook, which would
+    fire here and there.
 
     Args:
         loss: gives a scalar, from these parameters and from nothing else that trains.
@@ -31,21 +32,26 @@ def early_backward(
     trained = [p for p in parameters if p.requires_grad]
     with torch.enable_grad():
         value = loss()
+    if not value.requires_grad:
+        return lambda: value
     with torch.autocast(value.device.type, enabled=False):  # as any backward
-        gradients = torch.autograd.grad(value, trained)
-    value = value.detach()
-    return lambda: _HandOn.apply(value, gradients, *trained)
+        found = torch.autograd.grad(value, trained, allow_unused=True)
+    used = {p: g for p, g in zip(trained, found, strict=True) if g is not None}
+    value = value.detach().reshape(())
+    return lambda: _HandOn.apply(value, [*used.values()], *used)
 
 
 class _HandOn(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(*gradients)
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *torch._foreach_mul(ctx.saved_tensors, grad)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the image branch's backward was early: it cannot come twice")
+        torch._foreach_mul_(gradients, grad)  # in place: a copy would come at the peak of memory
+        return None, None, *gradients

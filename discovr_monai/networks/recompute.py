@@ -16,35 +16,55 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None) -> Tensor:
+def norm_linear(
+    x: Tensor, norm: nn.Module, linear: nn.Linear, bias: Tensor | None = None
+) -> Tensor:
     """linear(norm(x)); backward keeps x alone.
+
+    Layers that are somebody's own kind, or have hooks, are called as they are.
 
     Args:
         x: (..., d).
         norm: over d.
-        weight, bias: (out, d), (out) or None.
+        linear: d to out.
+        bias: (out), in place of the layer's own.
 
     Returns:
         (..., out).
     """
-    if not _trains(x, norm.weight, norm.bias, weight, bias):
-        return F.linear(norm(x), weight, bias)
-    return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps)
+    bias = linear.bias if bias is None else bias
+    if _is_plain(norm, linear) and isinstance(norm, nn.LayerNorm) and norm.bias is not None:
+        inputs = (x, norm.weight, norm.bias, linear.weight, bias)
+        if _trains(*inputs):
+            return _NormLinear.apply(*inputs, norm.eps)
+    if bias is linear.bias:
+        return linear(norm(x))
+    return F.linear(norm(x), linear.weight, bias)
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """linear(gelu(x)); backward keeps x alone.
+def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """linear(gelu(x)); backward keeps x alone. A layer of another kind is called as it is.
 
     Args:
         x: (..., d).
-        weight, bias: (out, d), (out) or None.
+        linear: d to out.
 
     Returns:
         (..., out).
     """
-    if not _trains(x, weight, bias):
-        return F.linear(F.gelu(x), weight, bias)
-    return _GeluLinear.apply(x, weight, bias)
+    if _is_plain(linear) and _trains(x, linear.weight, linear.bias):
+        return _GeluLinear.apply(x, linear.weight, linear.bias)
+    return linear(F.gelu(x))
+
+
+def _is_plain(*layers: nn.Module) -> bool:
+    """Whether these layers do what their weights say, and nobody listens."""
+    return all(
+        type(layer) in (nn.LayerNorm, nn.Linear)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
+        for layer in layers
+    )
 
 
 def _trains(*tensors: Tensor | None) -> bool:
@@ -67,6 +87,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, weight = ctx.saved_tensors
         shape, needs = scale.shape, ctx.needs_input_grad
+        kind, x = x.dtype, x.to(scale.dtype)  # as autocast has it in the forward
         y, mean, rstd = torch.native_layer_norm(x, shape, scale, shift, ctx.eps)
         d_y, d_weight, d_bias = _linear_backward(grad, y, weight, any(needs[:3]), *needs[3:5])
         if d_y is None:
@@ -74,6 +95,7 @@ class _NormLinear(torch.autograd.Function):
         d_x, d_scale, d_shift = torch.ops.aten.native_layer_norm_backward(
             d_y.to(y.dtype), x, shape, mean, rstd, scale, shift, list(needs[:3])
         )
+        d_x = None if d_x is None else d_x.to(kind)
         return d_x, d_scale, d_shift, d_weight, d_bias, None
 
 

@@ -248,7 +248,7 @@ class DiscovrTrainer(SupervisedTrainer):
         None where there is no such term, and where shards of the network want their gradients
         in one backward.
         """
-        name = self.loss_function.image_term
+        name = getattr(self.loss_function, "image_term", None)
         if name is None or is_sharded(self.network):
             return None
         return partial(self.loss_function.terms[name], step=step)
@@ -274,7 +274,8 @@ class DiscovrTrainer(SupervisedTrainer):
         )
         dtype = PRECISIONS[self.precision]
         with torch.autocast(clip.device.type, dtype=dtype, enabled=dtype is not None):
-            return network(clip, *masks, image_loss=image_loss)
+            early = {} if image_loss is None else {"image_loss": image_loss}
+            return network(clip, *masks, **early)
 
     @torch.no_grad()
     def evaluate_batch(

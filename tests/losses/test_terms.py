@@ -39,6 +39,18 @@ def test_the_term_that_alone_trains_the_image_students(terms, name):
     assert Objective(terms).image_term == name
 
 
+class OwnSum(Objective):
+    def forward(self, output, step=0):
+        return {"loss": sum(term(output, step) for term in self.terms.values())}
+
+
+def test_terms_that_train_themselves_or_are_summed_otherwise_come_late():
+    terms = {"image": SelfDistillation("image")}
+    assert OwnSum(terms).image_term is None
+    terms["image"].scale = torch.nn.Parameter(torch.ones(()))
+    assert Objective(terms).image_term is None
+
+
 def test_a_term_that_is_known_is_not_computed_again(network, clip):
     output = network(clip, *masks_for(network))
     output.image_loss = torch.tensor(7.0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from discovr_monai.losses.distillation import SelfDistillation
 from discovr_monai.losses.objective import Objective
 from discovr_monai.networks.acceleration import accelerate
 from discovr_monai.networks.early import early_backward
@@ -39,8 +40,10 @@ def run(network, objective, clip, dtype, early):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_losses_and_gradients_are_the_same_to_the_last_bit(clip, dtype, recompute):
-    objective = Objective(dict(tiny_objective().terms), {"image": 0.5, "video": 2.0})
+@pytest.mark.parametrize("centring", ["centre", "sinkhorn"])
+def test_losses_and_gradients_are_the_same_to_the_last_bit(clip, dtype, recompute, centring):
+    terms = dict(tiny_objective().terms) | {"image": SelfDistillation("image", centring=centring)}
+    objective = Objective(terms, {"image": 0.5, "video": 2.0})  # factors that round nothing
     late = accelerate(moved_network(), activation_checkpointing=recompute)
     early = copy.deepcopy(late)
     _, expected, gradients = run(late, objective, clip, dtype, early=False)
@@ -104,3 +107,32 @@ def test_parameters_that_rest_stay_out_and_gradients_arrive_once_and_scaled():
     torch.testing.assert_close(layer.weight.grad, expected)
     assert len(seen) == 1
     assert layer.bias.grad is None
+
+
+def test_what_the_loss_does_not_use_and_what_does_not_train_gets_nothing():
+    used, idle = nn.Linear(3, 2), nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    parameters = [*used.parameters(), *idle.parameters()]
+    early_backward(lambda: used(x).sum().reshape(1), parameters)().backward()  # of one entry
+    assert used.weight.grad is not None and idle.weight.grad is None
+    used.requires_grad_(False)
+    assert not early_backward(lambda: used(x).sum(), used.parameters())().requires_grad
+
+
+def test_a_second_backward_is_refused():
+    layer = nn.Linear(3, 2)
+    loss = early_backward(lambda: layer(torch.ones(1, 3)).sum(), layer.parameters())()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="cannot come twice"):
+        loss.backward()
+
+
+def test_parameters_with_hooks_are_trained_late(clip):
+    network = moved_network()
+    network.image_student.cls_token.register_hook(lambda g: 0.1 * g)
+    output, _, found = run(network, tiny_objective(), clip, None, early=True)
+    assert output.image_loss is None
+    _, _, expected = run(moved_network(), tiny_objective(), clip, None, early=False)
+    torch.testing.assert_close(
+        found["image_student.cls_token"], 0.1 * expected["image_student.cls_token"]
+    )

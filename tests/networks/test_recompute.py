@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from discovr_monai.networks import recompute
 from discovr_monai.networks.recompute import gelu_linear, norm_linear
 
 
@@ -33,15 +34,17 @@ def both(name, dtype, autocast=None, bias=True, frozen=()):
     }
     for key, value in inputs.items():
         value.requires_grad_(key not in frozen)
-    shift = linear.bias if bias else None
+    if not bias:
+        linear.bias = None
+    shift = linear.bias
     ways = {
         "norm": (
             lambda: F.linear(norm(x), linear.weight, shift),
-            lambda: norm_linear(x, norm, linear.weight, shift),
+            lambda: norm_linear(x, norm, linear),
         ),
         "gelu": (
             lambda: F.linear(F.gelu(x), linear.weight, shift),
-            lambda: gelu_linear(x, linear.weight, shift),
+            lambda: gelu_linear(x, linear),
         ),
     }[name]
     found = []
@@ -86,14 +89,42 @@ def test_backward_keeps_the_input_alone(name):
     own = {p.data_ptr() for p in (*norm.parameters(), *linear.parameters())}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         if name == "norm":
-            norm_linear(x, norm, linear.weight, linear.bias)
+            norm_linear(x, norm, linear)
         else:
-            gelu_linear(x, linear.weight, linear.bias)
+            gelu_linear(x, linear)
     assert [t.data_ptr() for t in kept if t.data_ptr() not in own] == [x.data_ptr()]
 
 
-def test_nothing_is_kept_where_nothing_trains():
+def test_where_nothing_trains_no_function_of_ours_is_seen(monkeypatch):
     norm, linear, x = layers(torch.float32)
+    for function in (recompute._NormLinear, recompute._GeluLinear):
+        monkeypatch.setattr(function, "apply", None)
     with torch.no_grad():
-        assert norm_linear(x, norm, linear.weight, linear.bias).grad_fn is None
-        assert gelu_linear(x, linear.weight, linear.bias).grad_fn is None
+        expected = linear(norm(x)), linear(F.gelu(x))
+        found = norm_linear(x, norm, linear), gelu_linear(x, linear)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(TypeError, match="not callable"):
+        norm_linear(x, norm, linear)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["another linear", "another norm", "no affine", "hooks"])
+def test_layers_of_another_kind_are_called_as_they_are(kind):
+    norm, linear, x = layers(torch.float32)
+    heard = []
+    if kind == "another linear":
+        linear = Doubled(24, 40)
+    elif kind == "another norm":
+        norm = nn.RMSNorm(24)
+    elif kind == "no affine":
+        norm = nn.LayerNorm(24, elementwise_affine=False)
+    else:
+        linear.register_forward_hook(lambda *_: heard.append(1))
+    found = norm_linear(x, norm, linear), gelu_linear(x, linear)
+    assert len(heard) == (2 if kind == "hooks" else 0)
+    for ours, expected in zip(found, (linear(norm(x)), linear(F.gelu(x))), strict=True):
+        assert torch.equal(ours, expected)

@@ -198,6 +198,36 @@ def test_skipping_what_nobody_reads_changes_no_value_and_no_gradient(clip, whole
             torch.testing.assert_close(found[name], value, msg=name)
 
 
+class Scaled(VisionTransformer):
+    def forward(self, clip, mask=None):
+        return 3 * super().forward(clip, mask)
+
+
+class OwnBlock(vit_module.Block):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["forward", "hook", "block"])
+def test_somebodys_own_forward_is_what_encode_gives(clip, kind):
+    encoder = tiny_encoder()
+    if kind == "forward":
+        encoder.__class__ = Scaled
+    elif kind == "hook":
+        encoder.register_forward_hook(lambda module, inputs, x: 3 * x)
+    else:
+        encoder.blocks[-1].__class__ = OwnBlock
+    cls, tokens = encoder.encode(clip, whole=1)
+    x = encoder(clip)
+    assert torch.equal(cls, x[:, 0])
+    assert torch.equal(tokens, x[2:])
+
+
+def test_more_whole_views_than_there_are_is_refused(clip):
+    with pytest.raises(ValueError, match=r"whole 5 must lie in \[0, 3\]"):
+        tiny_encoder().encode(clip, whole=5)
+
+
 def test_without_a_mask_the_last_clips_stay_whole(clip):
     encoder = tiny_encoder()
     x = encoder(clip)
