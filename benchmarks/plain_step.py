@@ -30,11 +30,7 @@ from discovr_monai.types import DiscovrOutput
 def plain_attention(attention: Attention, x: Tensor) -> Tensor:
     """(B, n, d) -> (B, n, d), every weight of the softmax in memory."""
     batch, n, dim = x.shape
-    bias = None
-    if attention.q_bias is not None and attention.v_bias is not None:
-        q_bias, v_bias = attention.q_bias, attention.v_bias
-        bias = torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
-    qkv = F.linear(x, attention.qkv.weight, bias)  # (B, n, 3 d)
+    qkv = F.linear(x, attention.qkv.weight, attention.qkv_bias)  # (B, n, 3 d)
     qkv = qkv.view(batch, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)  # each (B, heads, n, d / heads)
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, n, n)

@@ -13,9 +13,11 @@ on to other machines. Some do not, so a free lock alone ends no run; see :func:`
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
+import threading
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 LOCAL = {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
 _held: dict[Path, IO[str]] = {}  # closing another handle of such a file would give up its lock
+_one = threading.RLock()  # among this process's threads, which share its locks
 
 
 def hold(store: Path | None, run: str, output: str | Path | None = None) -> None:
@@ -36,14 +39,22 @@ def hold(store: Path | None, run: str, output: str | Path | None = None) -> None
         run: its id.
         output: the folder of the training; one that starts there later takes its place.
     """
-    if store is None or (file := _folder(store) / run) in _held:
+    if store is None:
+        return
+    with _one:
+        _hold(store, _folder(store) / run, output)
+
+
+def _hold(store: Path, file: Path, output: str | Path | None) -> None:
+    if file in _held:
         return
     try:
         file.parent.mkdir(exist_ok=True)
         handle = file.open("a")
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            told = {"boot": _boot(), "inode": os.fstat(handle.fileno()).st_ino}
+            inode = os.fstat(handle.fileno()).st_ino
+            told = {"boot": _boot(), "machine": _machine(), "inode": inode}
             handle.truncate(0)
             handle.write(json.dumps(told | {"output": _below(store, output)}))
             handle.flush()
@@ -64,9 +75,12 @@ def touch(store: Path | None, run: str) -> None:
 
 def release(store: Path | None, run: str) -> None:
     """Lets go of a run that has told MLflow of its end."""
-    if store is not None and (handle := _held.pop(file := _folder(store) / run, None)):
-        file.unlink(missing_ok=True)
-        handle.close()
+    if store is None:
+        return
+    with _one:
+        if handle := _held.pop(file := _folder(store) / run, None):
+            file.unlink(missing_ok=True)
+            handle.close()
 
 
 def end_dead_runs(
@@ -75,9 +89,9 @@ def end_dead_runs(
     """Marks RUNNING runs as KILLED whose process is certainly gone, with the time of its last sign.
 
     Certain is that nobody holds the lock, and that the process was on this machine: it said so
-    under the same boot, or the store is on a disk that no other machine has. Where a training
-    starts, the one that was at work in its folder is certainly over too, wherever that was. What
-    might be alive on another machine stays as it is, and so does a copied store.
+    under the same boot, or by the machine's own number on a disk of this machine's. Where a
+    training starts, the one that was at work in its folder is certainly over too, wherever that
+    was. What might be alive on another machine stays as it is, and so does a copied store.
 
     Args:
         client: of the store.
@@ -90,37 +104,50 @@ def end_dead_runs(
     if store is None:
         return 0
     ours = _below(store, output)
-    local = _is_local(store.resolve().parent)
+    machine = _machine() if _is_local(store.resolve().parent) else ""
     ended = 0
     for file in sorted(_folder(store).glob("*")):
-        told = {} if file in _held else _left_behind(file)
-        same = ours is not None and told.get("output") == ours
-        if told and (same or local or told.get("boot") == _boot() != ""):
-            ended += _end(client, file)
+        with _one:
+            if file in _held:
+                continue
+            try:
+                with file.open("r+") as handle:  # its lock is ours until the run is marked
+                    told = _left_behind(handle)
+                    here = told.get("boot") == _boot() != "" or told.get("machine") == machine != ""
+                    if here or (ours is not None and told.get("output") == ours):
+                        ended += _end(client, file, os.fstat(handle.fileno()).st_mtime)
+            except OSError:  # another process was faster, or the folder may only be read
+                continue
     return ended
 
 
-def _end(client: MlflowClient, file: Path) -> bool:
+def _end(client: MlflowClient, file: Path, seconds: float) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:
         running = client.get_run(file.name).info.status == "RUNNING"
         if running:
-            client.set_terminated(file.name, "KILLED", int(file.stat().st_mtime * 1000))
+            client.set_terminated(file.name, "KILLED", int(seconds * 1000))
     except MlflowException:  # a run that was removed, a store that may only be read
         return False
     file.unlink(missing_ok=True)
     return running
 
 
-def _left_behind(file: Path) -> dict[str, Any]:
-    """What a run's process said, if it holds its lock no longer; {} if it does, or did never."""
+def _left_behind(handle: IO[str]) -> dict[str, Any]:
+    """What a run's process said, if it holds its lock no longer: it is ours then.
+
+    Returns:
+        {} if it is alive, or never had the lock.
+
+    Raises:
+        OSError: on a disk without locks.
+    """
     try:
-        with file.open("r+") as handle:
-            told: dict[str, Any] = json.loads(handle.read())  # written under the lock: it had it
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            copied = os.fstat(handle.fileno()).st_ino != told["inode"]  # nobody ever locked a copy
-    except (OSError, ValueError, KeyError):
+        told: dict[str, Any] = json.loads(handle.read())  # written under the lock: it had it
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        copied = os.fstat(handle.fileno()).st_ino != told["inode"]  # nobody ever locked a copy
+    except (ValueError, KeyError, BlockingIOError, PermissionError):
         return {}
     return {} if copied else told
 
@@ -144,6 +171,15 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
+
+
+def _machine() -> str:
+    """A number of this machine that tells nothing of it; "" where Linux has given it none."""
+    try:
+        own = Path("/etc/machine-id").read_bytes().strip()
+    except OSError:
+        return ""
+    return hashlib.sha256(b"discovr" + own).hexdigest()[:16] if own else ""
 
 
 def _is_local(folder: Path) -> bool:

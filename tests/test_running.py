@@ -13,6 +13,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -122,6 +123,8 @@ ELSEWHERE = {"boot": "another machine's, or another boot"}
     [
         (ELSEWHERE, False, None, "RUNNING"),  # a shared disk that may not pass locks on
         (ELSEWHERE, True, None, "KILLED"),  # the power was cut
+        (ELSEWHERE | {"machine": "b"}, True, None, "RUNNING"),  # our disk, seen from another
+        (ELSEWHERE | {"machine": ""}, True, None, "RUNNING"),
         ({}, False, None, "KILLED"),  # a shared disk, but this machine
         (ELSEWHERE, False, "pretrain", "KILLED"),  # a cluster starts it again on another node
         (ELSEWHERE, False, "paper", "RUNNING"),
@@ -133,6 +136,7 @@ def test_only_what_is_certainly_dead_is_marked(
     said, local, output, status, client, store, monkeypatch
 ):
     monkeypatch.setattr(running, "_is_local", lambda folder: local)
+    monkeypatch.setattr(running, "_machine", lambda: "a")
     lock = begin(client, store, store.parent / "pretrain")
     die(lock, **said)
     folder = store.parent / output if output else None
@@ -165,6 +169,24 @@ def test_ones_own_runs_are_alive_until_they_are_released(client, store):
     assert not lock.exists() and statuses(store) == ["FINISHED"]
 
 
+def test_another_thread_cannot_take_a_lock_that_is_being_made(client, store, monkeypatch):
+    other = threading.Thread(target=end_dead_runs, args=(client, store))
+    flush = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (other.start(), other.join(0.3), flush(number)))
+    begin(client, store)
+    other.join()
+    assert statuses(store) == ["RUNNING"]
+
+
+def test_two_processes_may_find_the_same_run_dead(client, store, monkeypatch):
+    lock = begin(client, store)
+    die(lock)
+    get = client.get_run
+    monkeypatch.setattr(client, "get_run", lambda run: (lock.unlink(), get(run))[1])
+    assert end_dead_runs(client, store) == 1
+    assert statuses(store) == ["KILLED"]
+
+
 def test_what_had_ended_keeps_its_status(client, store):
     lock = begin(client, store)
     client.set_terminated(lock.name, "FAILED")
@@ -188,7 +210,7 @@ def test_without_locks_nothing_is_known(client, store, monkeypatch):
 
 def test_neither_locks_nor_the_store_name_anybody(client, store):
     told = begin(client, store, store.parent / "pretrain").read_text()
-    assert set(json.loads(told)) == {"boot", "inode", "output"}
+    assert set(json.loads(told)) == {"boot", "machine", "inode", "output"}
     assert json.loads(told)["output"] == "pretrain"
     private = [str(store.parent), str(Path.home()), socket.gethostname(), getpass.getuser()]
     assert not [word for word in private if word in told]
