@@ -76,6 +76,12 @@ def _log(store: str, task: str, settings: dict[str, Any], figures: list[dict[str
     )  # fmt: skip
 
 
+def recorded() -> list[Path]:
+    """The JSON of each method and seed."""
+    folder = Path(__file__).resolve().parent / "results" / "recorded"
+    return sorted(folder.glob("*-[0-9]*.json"))  # beside them is cost.json
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -83,8 +89,7 @@ def main() -> None:
     default = here.parent / "bundles" / "discovr" / "output" / "mlruns.db"
     parser.add_argument("--store", type=Path, default=default, help="the SQLite file")
     options = parser.parse_args()
-    files = sorted((here / "results" / "recorded").glob("*.json"))
-    count = log_comparison(files, f"sqlite:///{options.store.resolve()}")
+    count = log_comparison(recorded(), f"sqlite:///{options.store.resolve()}")
     print(f"{count} results are in experiment {EXPERIMENT}")
 
 
