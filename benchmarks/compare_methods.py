@@ -50,6 +50,7 @@ def protocol(size: str, file: Path = PROTOCOL) -> dict[str, Any]:
     if "base" in content:
         content = yaml.safe_load((file.parent / content["base"]).read_text()) | content
     own = file.stem if size == "recorded" else f"{file.stem}_{size}"
+    content["base_results"] = RESULTS / size
     content["results"] = RESULTS / (size if file.resolve() == PROTOCOL else own)
     content["size"] = content.pop("sizes")[size]
     shared = {k: content[k] for k in ("data", "settings", "evaluation")} | {
@@ -213,9 +214,15 @@ def _columns(task: str, rows: list[dict[str, Any]]) -> dict[str, dict[str, list]
     return out
 
 
+def results_of(name: str, plan: dict[str, Any]) -> Path:
+    """The folder of a method's JSONs: the base protocol's where it says that it is one of those."""
+    folder: Path = plan["base_results" if plan["methods"][name].get("of_base") else "results"]
+    return folder
+
+
 def finished(name: str, seed: int, plan: dict[str, Any]) -> bool:
     """Whether a method's seed has its JSON of this protocol."""
-    target = plan["results"] / f"{name}-{seed}.json"
+    target = results_of(name, plan) / f"{name}-{seed}.json"
     return target.exists() and json.loads(target.read_text())["protocol"] == plan["key"]
 
 
@@ -258,7 +265,7 @@ def run_group(size: str, plan: dict[str, Any], work: Path, source: str, seed: in
             "evaluation_seconds": round(time.perf_counter() - start, 1),
             **evaluated,
         }
-        target = plan["results"] / f"{name}-{seed}.json"
+        target = results_of(name, plan) / f"{name}-{seed}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(content))
         print(f"== {name}, seed {seed}: done", flush=True)
@@ -303,7 +310,6 @@ def main() -> None:
     options = parser.parse_args()
     size, file = "quick" if options.quick else "recorded", options.protocol.resolve()
     plan, main_one = protocol(size, file), file == PROTOCOL
-    # another protocol trains its default anew, beside its options: their times compare
     work = (options.work or Path("output") / ("compare" if main_one else file.stem)).resolve()
     if options.what == "group":
         run_group(size, plan, work, options.group[0], int(options.group[1]))
@@ -317,7 +323,7 @@ def main() -> None:
     if main_one:
         write_report(plan, plan["results"], docs)
         return
-    tables = options_tables(plan, plan["results"])
+    tables = options_tables(plan)
     print(tables)
     if size == "recorded":
         write_between_markers(docs / "performance.md", tables, "compare_methods.py")
