@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discovr_monai.networks.discovr import Discovr
+from discovr_monai.networks.discovr import Discovr, _frames
 
 
 def pca_colours(tokens: Tensor) -> np.ndarray:
@@ -110,8 +110,7 @@ def _target_tokens(network: Discovr, clip: Tensor) -> Tensor | None:
     frames = network.target_frames
     if network.image_teacher is None or not frames:
         return None
-    images = clip[:, :, frames].transpose(1, 2).flatten(0, 1).unsqueeze(2)
-    return network.image_teacher(images).unflatten(0, (len(clip), len(frames)))
+    return network.image_teacher(_frames(clip, frames)).unflatten(0, (len(clip), len(frames)))
 
 
 def _prototype_figure(

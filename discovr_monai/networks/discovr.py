@@ -222,25 +222,23 @@ class Discovr(nn.Module):
         student, head = self.image_student, self.image_head
         assert student is not None and head is not None
 
-        def run() -> Tensor:
+        def run() -> None:
             cls, _ = student.encode(_frames(clip, self.student_frames), masks)  # (V, B * F, d)
             out.image_logits = head(cls)
             out.image_cls = torch.cat((cls, teacher_cls[None]))
-            if loss is None:
-                return out.image_logits
+
+        parameters = (*student.parameters(), *head.parameters())
+        hooked = any(p._backward_hooks for p in parameters)
+        if loss is None or hooked or not torch.is_grad_enabled():
+            run()
+            return None
+
+        def run_to_loss() -> Tensor:
+            run()
             with torch.autocast(clip.device.type, enabled=False):  # as the other terms
                 return loss(out)
 
-        parameters = (*student.parameters(), *head.parameters())
-        if (
-            loss is None
-            or not torch.is_grad_enabled()
-            or any(p._backward_hooks for p in parameters)
-        ):
-            loss = None
-            run()
-            return None
-        early = early_backward(run, parameters)
+        early = early_backward(run_to_loss, parameters)
         assert out.image_logits is not None and out.image_cls is not None
         out.image_logits, out.image_cls = out.image_logits.detach(), out.image_cls.detach()
         return early

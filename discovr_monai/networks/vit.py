@@ -313,7 +313,9 @@ class VisionTransformer(nn.Module):
         own = type(self).forward is VisionTransformer.forward
         own = own and not (self._forward_hooks or self._forward_pre_hooks)
         last = self.blocks[-1] if len(self.blocks) else None
-        return own and self.cls_token is not None and type(last) is Block
+        # by the method: a sharded block is of a class of its own, derived from Block
+        own = own and getattr(type(last), "forward", None) is Block.forward
+        return own and self.cls_token is not None
 
     def _embed(self, clip: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
         """Tokens before the first block, (views * B, 1 + n, d), and the shape (views, B)."""

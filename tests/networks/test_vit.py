@@ -223,6 +223,15 @@ def test_somebodys_own_forward_is_what_encode_gives(clip, kind):
     assert torch.equal(tokens, x[2:])
 
 
+def test_a_block_of_a_derived_class_still_skips(clip):
+    """As sharding makes them: a class of its own, the method of Block."""
+    encoder, rows = tiny_encoder(), []
+    encoder.blocks[-1].__class__ = type("Sharded", (vit_module.Block,), {})
+    encoder.blocks[-1].register_forward_hook(lambda block, x, y: rows.append(y.shape))
+    encoder.encode(clip)
+    assert rows == [(3, 24)]  # CLS alone
+
+
 def test_more_whole_views_than_there_are_is_refused(clip):
     with pytest.raises(ValueError, match=r"whole 5 must lie in \[0, 3\]"):
         tiny_encoder().encode(clip, whole=5)
