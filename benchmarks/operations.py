@@ -17,6 +17,7 @@ No measurement is used here; :func:`counted` is what torch counts in the real st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -248,6 +249,11 @@ def _attention_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **__
     return 2 * sdpa_flop_count(query, key, value)  # what recomputes the weights is not needed
 
 
+def _linear(x: Any, *inputs: Any, **__: Any) -> int:
+    weight = next(shape for shape in inputs[::-1] if len(shape or ()) == 2)  # (out, d)
+    return 2 * math.prod(x) * weight[0]
+
+
 _NAMES = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
@@ -262,6 +268,8 @@ def counted(run: Callable[[], object]) -> float:
     for name in _NAMES:
         formulas[getattr(torch.ops.aten, name)] = _attention_forward
         formulas[getattr(torch.ops.aten, f"{name}_backward")] = _attention_backward
+    if torch.backends.mkldnn.is_available():
+        formulas[torch.ops.mkldnn._linear_pointwise] = _linear
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return float(counter.get_total_flops())

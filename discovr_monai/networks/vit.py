@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from discovr_monai.masking import visible_indices
-from discovr_monai.networks.recompute import gelu_linear, norm_linear
+from discovr_monai.networks.products import add_linear, add_mlp, is_fused, norm_linear
 
 SHORT = 256  # tokens; the masked views of the paper have 6 and 161
 AMX = torch.cpu._is_amx_tile_supported()  # asked here: torch.compile cannot trace the question
@@ -73,12 +73,12 @@ class Attention(nn.Module):
         return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """(B, n, d) -> (B, n, d), of norm(x)."""
+        """(B, n, d) -> (B, n, d): x and the attention of norm(x)."""
         batch, n, dim = x.shape
         qkv = norm_linear(x, norm, self.qkv, self.qkv_bias)  # (B, n, 3 d)
         qkv = qkv.view(batch, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each (B, heads, n, d / heads)
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(batch, n, dim))
+        return add_linear(x, attend(q, k, v).transpose(1, 2).reshape(batch, n, dim), self.proj)
 
     def forward_cls(self, x: Tensor, norm: nn.LayerNorm, count: int) -> Tensor:
         """As forward, where the first ``count`` sequences ask with their CLS only.
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         dim, heads = x.shape[-1], self.num_heads
         bias, weight = self.qkv_bias, self.qkv.weight
         q_bias, kv_bias = (None, None) if bias is None else bias.split((dim, 2 * dim))
-        x = norm(x)
+        residual, x = _asking(x, count), norm(x)
         q = F.linear(_asking(x, count), weight[:dim], q_bias).unflatten(-1, (heads, -1))
         kv = F.linear(x, weight[dim:], kv_bias)  # (B, n, 2 d)
         k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         if count < len(x):
             q = q[count:].unflatten(0, x[count:].shape[:2]).transpose(1, 2)
             rows.append(attend(q, k[count:], v[count:]).transpose(1, 2).flatten(0, 1).flatten(1))
-        return self.proj(torch.cat(rows))
+        return add_linear(residual, torch.cat(rows), self.proj)
 
 
 def _asking(x: Tensor, count: int) -> Tensor:
@@ -114,9 +114,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, keep: bool = False) -> Tensor:
-        """(..., d) -> (..., d), of norm(x); ``keep`` keeps GELU's output for backward."""
-        x = norm_linear(x, norm, self.fc1)
-        return self.fc2(F.gelu(x)) if keep else gelu_linear(x, self.fc2)
+        """(..., d) -> (..., d): x and the layers of norm(x); ``keep`` keeps GELU's output."""
+        if keep and not is_fused(x):
+            return x + self.fc2(F.gelu(norm_linear(x, norm, self.fc1)))
+        return add_mlp(x, norm, self.fc1, self.fc2)
 
 
 class Block(nn.Module):
@@ -153,12 +154,9 @@ class Block(nn.Module):
         return self._run(x, cls_only)
 
     def _run(self, x: Tensor, cls_only: int) -> Tensor:
-        if cls_only:
-            x = _asking(x, cls_only) + self.attn.forward_cls(x, self.norm1, cls_only)
-        else:
-            x = x + self.attn(x, self.norm1)
+        x = self.attn.forward_cls(x, self.norm1, cls_only) if cls_only else self.attn(x, self.norm1)
         # run again, a block stops at what its last product keeps, before that product
-        return x + self.mlp(x, self.norm2, keep=self.recompute)
+        return self.mlp(x, self.norm2, keep=self.recompute)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -274,7 +272,7 @@ class VisionTransformer(nn.Module):
         x, views = self._embed(clip, mask)
         for block in self.blocks:
             x = block(x)
-        return self._with_cls(self.norm(x)).unflatten(0, views)
+        return self._with_cls(self._normed(x)).unflatten(0, views)
 
     def encode(
         self, clip: Tensor, mask: Tensor | None = None, whole: int = 0
@@ -303,7 +301,7 @@ class VisionTransformer(nn.Module):
         cls_only = len(x) - whole * each
         for block in self.blocks[:-1]:
             x = block(x)
-        x = self.norm(self.blocks[-1](x, cls_only))  # (cls_only + whole * each * length, d)
+        x = self._normed(self.blocks[-1](x, cls_only))  # (cls_only + whole * each * length, d)
         tokens = x[cls_only:].unflatten(0, (whole, *views[1:], length))
         cls = torch.cat((x[:cls_only], x[cls_only::length]))
         return cls.unflatten(0, views), tokens
@@ -320,8 +318,8 @@ class VisionTransformer(nn.Module):
     def _embed(self, clip: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
         """Tokens before the first block, (views * B, 1 + n, d), and the shape (views, B)."""
         patches = self.patchify(clip)  # (B, N, P)
-        positions = self.pos_embed[:, -self.num_tokens :]  # (1, N, d)
         views: tuple[int, ...] = patches.shape[:1]
+        keep = None
         if mask is not None:
             if mask.shape[-2:] != patches.shape[:2]:
                 raise ValueError(
@@ -332,12 +330,18 @@ class VisionTransformer(nn.Module):
             views = tuple(keep.shape[:-1])
             row = torch.arange(len(patches), device=clip.device)[:, None]
             patches = patches[row, keep].flatten(0, -3)  # (views * B, n, P)
-            positions = positions[0, keep].flatten(0, -3)  # (views * B, n, d)
-        x = self.patch_embed(patches) + positions
+        x = self.patch_embed(patches)
+        # in the precision of the products, so that what the blocks add to stays in it
+        positions = self.pos_embed[:, -self.num_tokens :].to(x.dtype)  # (1, N, d)
+        x = x + (positions if keep is None else positions[0, keep].flatten(0, -3))
         if self.cls_token is not None:
             cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat((cls, x), dim=1)  # (views * B, 1 + n, d)
         return x, views
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """The final norm, from and to the precision of its weights, also under autocast."""
+        return self.norm(x.to(self.norm.weight.dtype))
 
     def _with_cls(self, x: Tensor) -> Tensor:
         """(rows, n, d) -> (rows, 1 + n, d): the mean in front where there is no CLS token."""

@@ -322,14 +322,16 @@ class DiscovrTrainer(SupervisedTrainer):
 
     def _optimiser_step(self, step: int, loss: float, batch: Mapping[str, Any]) -> float:
         """Steps optimiser, then teachers and centres; returns the gradients' norm."""
-        limit = math.inf if self.gradient_clip is None else self.gradient_clip
-        whole = nn.utils.clip_grad_norm_(self.parameters, limit)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        whole = nn.utils.get_total_norm(gradients)
         norm = float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)
         bad = torch.tensor(0.0 if math.isfinite(norm) and math.isfinite(loss) else 1.0)
         if bool(all_reduce_max(bad.to(self.state.device))):
             self._skip(step, loss, norm, batch)
             return norm
         self.skipped_in_a_row = 0
+        if self.gradient_clip is not None and norm > self.gradient_clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, whole)
         self.optimizer.step()
         logits = {k: torch.cat(v) if v else None for k, v in self._teacher_logits.items()}
         unwrap(self.network).update_teachers(

@@ -118,8 +118,10 @@ def test_a_block_is_one_graph_with_and_without_recomputation(
         expected, found = (losses_and_gradients(n, clip, dtype) for n in (plain, changed))
         for one, other in zip(expected, found, strict=True):
             for name, value in one.items():
-                close = {"rtol": 1e-5, "atol": 1e-5} if dtype is None else {"rtol": 0, "atol": 0.05}
-                torch.testing.assert_close(other[name], value, **close, msg=name)
+                if dtype is None:
+                    torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5, msg=name)
+                else:  # another order of roundings
+                    assert (other[name] - value).norm() < 0.05 * value.norm(), name
     # video and image students, their teachers and the decoder, and the last blocks of the four
     # encoders, which give CLS alone to some; the teachers' graphs serve both times
     assert quick_compiler["stats"]["unique_graphs"] == 9 + 5
