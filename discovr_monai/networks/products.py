@@ -132,7 +132,7 @@ def is_fused(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and _compute_type(x) == torch.bfloat16
         and x.numel() > 0
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
