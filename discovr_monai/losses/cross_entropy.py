@@ -49,13 +49,14 @@ class _SoftCrossEntropy(torch.autograd.Function):
             z = (logits[..., piece, :].to(wide) / temperature).log_softmax(-1)  # (..., m, K)
             total -= (z * p).sum()
             if gradient is not None:
-                gradient[..., piece, :] = z.exp_().sub_(p).mul_(share / temperature)
+                gradient[..., piece, :] = z.exp_().sub_(p)
         if gradient is not None:
             ctx.save_for_backward(gradient)
+            ctx.factor = share / temperature
         return total * share
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above, None, None, None
+        return gradient * (above * ctx.factor), None, None, None
