@@ -5,9 +5,9 @@ both norms (4), queries, keys, values and what attention gives (4), the hidden l
 after GELU (8). The outputs of norms and GELU are one pass over what is kept anyway: made again in
 backward, they take a few per cent of a step's time and 6 of the 16 widths.
 
-On a CPU in bf16, oneDNN adds the bias and the residual, and takes GELU where nothing trains, while
-a product's result is in cache; by themselves they take a pass over memory each. (In fp32 its
-products lose to those of MKL what this gains.)
+On a CPU, torch copies a bias into the result before the product adds to it: two passes over memory,
+adding it in place afterwards is one. In bf16, oneDNN adds the bias and the residual, and takes GELU
+where nothing trains, while the result is in cache. (Its fp32 products lose that again to MKL's.)
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def add_linear(residual: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
     return product(x, linear.weight, linear.bias, residual)
 
 
-def add_mlp(x: Tensor, norm: nn.Module, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
+def add_mlp(
+    x: Tensor, norm: nn.Module, fc1: nn.Linear, fc2: nn.Linear, keep: bool = False
+) -> Tensor:
     """x + fc2(gelu(fc1(norm(x)))); backward keeps x and what goes into GELU.
 
     Layers of another kind, or with hooks, are called as they are.
@@ -80,6 +82,8 @@ def add_mlp(x: Tensor, norm: nn.Module, fc1: nn.Linear, fc2: nn.Linear) -> Tenso
         norm: over d.
         fc1: d to hidden.
         fc2: hidden to d.
+        keep: keep what comes out of GELU, too. What runs again in backward stops at the last
+            thing kept, which then comes before the last product; the result is the same.
 
     Returns:
         (..., d).
@@ -91,6 +95,8 @@ def add_mlp(x: Tensor, norm: nn.Module, fc1: nn.Linear, fc2: nn.Linear) -> Tenso
     hidden = norm_linear(x, norm, fc1)
     if not _is_plain(fc2):
         return x + fc2(F.gelu(hidden))
+    if keep and not _is_fused(x):
+        return _linear(F.gelu(hidden), fc2.weight, fc2.bias, x)
     return _AddLinear.apply(x, hidden, fc2.weight, fc2.bias, True)
 
 
@@ -116,26 +122,49 @@ def product(
     kind = _compute_type(x)
     x, weight = x.to(kind), weight.to(kind)
     bias = None if bias is None else bias.to(kind)
-    if not is_fused(x) or (residual is not None and residual.dtype != kind):
-        y = F.linear(x, weight, bias)
-        y = F.gelu(y) if gelu else y
-        return y if residual is None else residual + y
+    if not _is_fused(x) or (residual is not None and residual.dtype != kind):
+        return _linear(x, weight, bias, residual, gelu)
     if residual is not None:
         return _ONEDNN.binary(x, residual, weight, bias, "add")
     return _ONEDNN(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
 
 
-def is_fused(x: Tensor) -> bool:
-    """Whether oneDNN takes what follows such an input's product into it; not where one traces."""
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    gelu: bool = False,
+) -> Tensor:
+    """As :func:`product`, in torch's own operations."""
+    wide = _compute_type(x) in (torch.float32, torch.float64)
+    if x.device.type != "cpu" or not wide or _is_traced():
+        y = F.linear(x, weight, bias)
+        y = F.gelu(y) if gelu else y
+        return y if residual is None else residual + y
+    y = F.linear(x, weight)
+    y = y if bias is None else y.add_(bias)
+    y = torch.ops.aten.gelu_(y) if gelu else y
+    if residual is None or residual.dtype != y.dtype:
+        return y if residual is None else residual + y
+    return y.add_(residual)
+
+
+def _is_fused(x: Tensor) -> bool:
+    """Whether oneDNN takes what follows such an input's product into it."""
     return (
         _ONEDNN is not None
         and x.device.type == "cpu"
         and _compute_type(x) == torch.bfloat16
         and x.numel() > 0
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not _is_traced()
     )
+
+
+def _is_traced() -> bool:
+    """A trace is to hold torch's own operations only."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _compute_type(x: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from discovr_monai.masking import visible_indices
-from discovr_monai.networks.products import add_linear, add_mlp, is_fused, norm_linear
+from discovr_monai.networks.products import add_linear, add_mlp, norm_linear
 
 SHORT = 256  # tokens; the masked views of the paper have 6 and 161
 AMX = torch.cpu._is_amx_tile_supported()  # asked here: torch.compile cannot trace the question
@@ -115,9 +115,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, keep: bool = False) -> Tensor:
         """(..., d) -> (..., d): x and the layers of norm(x); ``keep`` keeps GELU's output."""
-        if keep and not is_fused(x):
-            return x + self.fc2(F.gelu(norm_linear(x, norm, self.fc1)))
-        return add_mlp(x, norm, self.fc1, self.fc2)
+        return add_mlp(x, norm, self.fc1, self.fc2, keep)
 
 
 class Block(nn.Module):
@@ -155,7 +153,6 @@ class Block(nn.Module):
 
     def _run(self, x: Tensor, cls_only: int) -> Tensor:
         x = self.attn.forward_cls(x, self.norm1, cls_only) if cls_only else self.attn(x, self.norm1)
-        # run again, a block stops at what its last product keeps, before that product
         return self.mlp(x, self.norm2, keep=self.recompute)
 
 
