@@ -145,9 +145,9 @@ def _linear(
     y = F.linear(x, weight)
     y = y if bias is None else y.add_(bias)
     y = torch.ops.aten.gelu_(y) if gelu else y
-    if residual is None or residual.dtype != y.dtype:
-        return y if residual is None else residual + y
-    return y.add_(residual)
+    if residual is None:
+        return y
+    return y.add_(residual) if residual.dtype == y.dtype else residual + y
 
 
 def _is_fused(x: Tensor) -> bool:
