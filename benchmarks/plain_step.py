@@ -9,8 +9,7 @@ It differs from :class:`Discovr` and its trainer in these points only:
 5. teachers are averaged and parameters optimised one tensor at a time (foreach and fused off);
 6. the last block of an encoder computes every token, also where nothing but CLS is read;
 7. what backward needs is what autograd keeps, to the end of the forward;
-8. under autocast, blocks add in fp32, as it leaves them, and biases and residuals are added by
-   operations of their own.
+8. biases and residuals are added as torch's own layers and sums do it.
 
 Norms, MLPs, GELU, heads, decoder's order, losses, Sinkhorn, masks, precision and trainer are the
 very same operations and parameters, so both must give the same loss and the same gradients.

@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         visible = self.embed(tokens[:, 1:])  # (B, n, d)
         x = self.mask_token.to(visible.dtype).expand(*mask.shape, -1)
         keep = visible_indices(mask)[..., None].expand_as(visible)
-        x = x.scatter(1, keep, visible) + self.pos_embed.to(x.dtype)  # (B, N, d)
+        x = x.scatter(1, keep, visible) + self.pos_embed  # (B, N, d)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))

@@ -6,8 +6,9 @@ after GELU (8). The outputs of norms and GELU are one pass over what is kept any
 backward, they take a few per cent of a step's time and 6 of the 16 widths.
 
 On a CPU, torch copies a bias into the result before the product adds to it: two passes over memory,
-adding it in place afterwards is one. In bf16, oneDNN adds the bias and the residual, and takes GELU
-where nothing trains, while the result is in cache. (Its fp32 products lose that again to MKL's.)
+adding it in place afterwards is one. In bf16, oneDNN adds the bias, and takes GELU where nothing
+trains, while the result is in cache. (Its fp32 products lose that again to MKL's.) What blocks add
+to stays in fp32 (the residual in bf16 is faster and was tried: docs/performance.md).
 """
 
 from __future__ import annotations
@@ -122,11 +123,10 @@ def product(
     kind = _compute_type(x)
     x, weight = x.to(kind), weight.to(kind)
     bias = None if bias is None else bias.to(kind)
-    if not _is_fused(x) or (residual is not None and residual.dtype != kind):
+    if not _is_fused(x):
         return _linear(x, weight, bias, residual, gelu)
-    if residual is not None:
-        return _ONEDNN.binary(x, residual, weight, bias, "add")
-    return _ONEDNN(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
+    y = _ONEDNN(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
+    return y if residual is None else _add_to(y, residual)
 
 
 def _linear(
@@ -145,9 +145,12 @@ def _linear(
     y = F.linear(x, weight)
     y = y if bias is None else y.add_(bias)
     y = torch.ops.aten.gelu_(y) if gelu else y
-    if residual is None:
-        return y
-    return y.add_(residual) if residual.dtype == y.dtype else residual + y
+    return y if residual is None else _add_to(y, residual)
+
+
+def _add_to(y: Tensor, residual: Tensor) -> Tensor:
+    """Their sum, in place where it can be: of two precisions, a pass less than torch's own sum."""
+    return y.to(torch.promote_types(y.dtype, residual.dtype)).add_(residual)
 
 
 def _is_fused(x: Tensor) -> bool:

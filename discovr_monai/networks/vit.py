@@ -269,7 +269,7 @@ class VisionTransformer(nn.Module):
         x, views = self._embed(clip, mask)
         for block in self.blocks:
             x = block(x)
-        return self._with_cls(self._normed(x)).unflatten(0, views)
+        return self._with_cls(self.norm(x)).unflatten(0, views)
 
     def encode(
         self, clip: Tensor, mask: Tensor | None = None, whole: int = 0
@@ -298,7 +298,7 @@ class VisionTransformer(nn.Module):
         cls_only = len(x) - whole * each
         for block in self.blocks[:-1]:
             x = block(x)
-        x = self._normed(self.blocks[-1](x, cls_only))  # (cls_only + whole * each * length, d)
+        x = self.norm(self.blocks[-1](x, cls_only))  # (cls_only + whole * each * length, d)
         tokens = x[cls_only:].unflatten(0, (whole, *views[1:], length))
         cls = torch.cat((x[:cls_only], x[cls_only::length]))
         return cls.unflatten(0, views), tokens
@@ -315,8 +315,8 @@ class VisionTransformer(nn.Module):
     def _embed(self, clip: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
         """Tokens before the first block, (views * B, 1 + n, d), and the shape (views, B)."""
         patches = self.patchify(clip)  # (B, N, P)
+        positions = self.pos_embed[:, -self.num_tokens :]  # (1, N, d)
         views: tuple[int, ...] = patches.shape[:1]
-        keep = None
         if mask is not None:
             if mask.shape[-2:] != patches.shape[:2]:
                 raise ValueError(
@@ -327,18 +327,12 @@ class VisionTransformer(nn.Module):
             views = tuple(keep.shape[:-1])
             row = torch.arange(len(patches), device=clip.device)[:, None]
             patches = patches[row, keep].flatten(0, -3)  # (views * B, n, P)
-        x = self.patch_embed(patches)
-        # in the precision of the products, so that what the blocks add to stays in it
-        positions = self.pos_embed[:, -self.num_tokens :].to(x.dtype)  # (1, N, d)
-        x = x + (positions if keep is None else positions[0, keep].flatten(0, -3))
+            positions = positions[0, keep].flatten(0, -3)  # (views * B, n, d)
+        x = self.patch_embed(patches) + positions
         if self.cls_token is not None:
             cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat((cls, x), dim=1)  # (views * B, 1 + n, d)
         return x, views
-
-    def _normed(self, x: Tensor) -> Tensor:
-        """The final norm, from and to the precision of its weights, also under autocast."""
-        return self.norm(x.to(self.norm.weight.dtype))
 
     def _with_cls(self, x: Tensor) -> Tensor:
         """(rows, n, d) -> (rows, 1 + n, d): the mean in front where there is no CLS token."""
