@@ -200,9 +200,9 @@ class _NormLinear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y = F.layer_norm(x, scale.shape, scale, shift, eps)
         ctx.eps, ctx.kind = eps, weight.dtype
-        weight = weight.to(_compute_type(y))
-        ctx.save_for_backward(x, scale, shift, weight)
-        return product(y, weight, bias)
+        narrow = weight.to(_compute_type(y))
+        ctx.save_for_backward(x, scale, shift, _kept(weight, narrow))
+        return product(y, narrow, bias)
 
     @staticmethod
     @once_differentiable
@@ -230,10 +230,11 @@ class _AddLinear(torch.autograd.Function):
     def forward(
         ctx: Any, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool
     ) -> Tensor:
-        ctx.kind, ctx.residual_kind, ctx.gelu = weight.dtype, residual.dtype, gelu
-        weight = weight.to(_compute_type(x))
-        ctx.save_for_backward(x, weight)
-        return product(F.gelu(x) if gelu else x, weight, bias, residual)
+        narrow = weight.to(_compute_type(x))
+        ctx.kind, ctx.narrow = weight.dtype, narrow.dtype
+        ctx.residual_kind, ctx.gelu = residual.dtype, gelu
+        ctx.save_for_backward(x, _kept(weight, narrow))
+        return product(F.gelu(x) if gelu else x, narrow, bias, residual)
 
     @staticmethod
     @once_differentiable
@@ -242,12 +243,20 @@ class _AddLinear(torch.autograd.Function):
         d_residual = grad.to(ctx.residual_kind) if ctx.needs_input_grad[0] else None
         y = F.gelu(x) if ctx.gelu else x
         d_y, d_weight, d_bias = _linear_backward(
-            grad.to(weight.dtype), y, weight, ctx.kind, *ctx.needs_input_grad[1:4]
+            grad.to(ctx.narrow), y, weight, ctx.kind, *ctx.needs_input_grad[1:4]
         )
         if d_y is None or not ctx.gelu:
             return d_residual, d_y if d_y is None else d_y.to(x.dtype), d_weight, d_bias, None
         d_x = torch.ops.aten.gelu_backward(d_y.to(x.dtype), x)
         return d_residual, d_x, d_weight, d_bias, None
+
+
+def _kept(weight: Tensor, narrow: Tensor) -> Tensor:
+    """What backward multiplies by: on a CPU, where casts take long, the one that there is.
+
+    Elsewhere the weight itself, which is there anyway, or, sharded, is gathered anew by then.
+    """
+    return narrow if weight.device.type == "cpu" else weight
 
 
 def _linear_backward(
@@ -259,12 +268,12 @@ def _linear_backward(
     Args:
         grad: (..., out).
         x: (..., d).
-        weight: (out, d).
+        weight: (out, d), of any precision.
         kind: of the parameters, and of their gradients.
         of_x, of_weight, of_bias: which are wanted; None is returned for the others.
     """
     rows = grad.flatten(0, -2)  # (rows, out)
-    d_x = grad @ weight if of_x else None  # (..., d)
+    d_x = grad @ weight.to(grad.dtype) if of_x else None  # (..., d)
     d_weight = d_bias = None
     if of_weight:
         columns = x.to(grad.dtype).flatten(0, -2)  # (rows, d)
