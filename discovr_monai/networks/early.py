@@ -53,6 +53,6 @@ class _HandOn(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the image branch's backward was early: it cannot come twice")
-        if grad.is_cuda or float(grad) != 1:  # elsewhere it costs nothing to ask
+        if grad.device.type != "cpu" or float(grad) != 1:  # on a CPU it costs nothing to ask
             torch._foreach_mul_(gradients, grad)  # in place: a copy would come at the memory's peak
         return None, None, *gradients

@@ -29,7 +29,7 @@ if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_sup
 def norm_linear(
     x: Tensor, norm: nn.Module, linear: nn.Linear, bias: Tensor | None = None
 ) -> Tensor:
-    """linear(norm(x)); backward keeps x alone.
+    """linear(norm(x)); backward keeps x alone (and on a CPU in bf16 the weight's cast).
 
     Layers that are somebody's own kind, or have hooks, are called as they are.
 
@@ -84,7 +84,8 @@ def add_mlp(
         fc1: d to hidden.
         fc2: hidden to d.
         keep: keep what comes out of GELU, too. What runs again in backward stops at the last
-            thing kept, which then comes before the last product; the result is the same.
+            thing kept, which then comes before the last product; the result is the same. Not
+            where oneDNN makes that product.
 
     Returns:
         (..., d).
@@ -94,8 +95,8 @@ def add_mlp(
         hidden = product(norm(x), fc1.weight, fc1.bias, gelu=True)  # (..., hidden)
         return product(hidden, fc2.weight, fc2.bias, x)
     hidden = norm_linear(x, norm, fc1)
-    if not _is_plain(fc2):
-        return x + fc2(F.gelu(hidden))
+    if not (_is_plain(fc2) and _trains(x, hidden, fc2.weight, fc2.bias)):
+        return add_linear(x, F.gelu(hidden), fc2)
     if keep and not _is_fused(x):
         return _linear(F.gelu(hidden), fc2.weight, fc2.bias, x)
     return _AddLinear.apply(x, hidden, fc2.weight, fc2.bias, True)
@@ -120,11 +121,11 @@ def product(
     Returns:
         (..., out).
     """
+    if not _is_fused(x):
+        return _linear(x, weight, bias, residual, gelu)
     kind = _compute_type(x)
     x, weight = x.to(kind), weight.to(kind)
     bias = None if bias is None else bias.to(kind)
-    if not _is_fused(x):
-        return _linear(x, weight, bias, residual, gelu)
     y = _ONEDNN(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
     return y if residual is None else _add_to(y, residual)
 
@@ -143,7 +144,7 @@ def _linear(
         y = F.gelu(y) if gelu else y
         return y if residual is None else residual + y
     y = F.linear(x, weight)
-    y = y if bias is None else y.add_(bias)
+    y = y if bias is None else y.add_(bias)  # in place: autograd needs no y
     y = torch.ops.aten.gelu_(y) if gelu else y
     return y if residual is None else _add_to(y, residual)
 
@@ -157,30 +158,34 @@ def _is_fused(x: Tensor) -> bool:
     """Whether oneDNN takes what follows such an input's product into it."""
     return (
         _ONEDNN is not None
+        and not _is_traced()
+        and torch.autograd.forward_ad._current_level < 0  # it would drop the tangent
         and x.device.type == "cpu"
         and _compute_type(x) == torch.bfloat16
         and x.numel() > 0
         and bool(torch.backends.mkldnn.enabled)
-        and not _is_traced()
     )
 
 
 def _is_traced() -> bool:
-    """A trace is to hold torch's own operations only."""
+    """What is compiled, exported or traced by torch.jit is to hold torch's own operations."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _compute_type(x: Tensor) -> torch.dtype:
     """The precision of a product: autocast's, where there is one."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def _is_plain(*layers: nn.Module) -> bool:
     """Whether these layers do what their weights say, and nobody listens."""
+    if nn.modules.module._has_any_global_hook():
+        return False
     return all(
         type(layer) in (nn.LayerNorm, nn.Linear)
+        and "forward" not in vars(layer)
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (layer._backward_hooks or layer._backward_pre_hooks)
         for layer in layers
@@ -254,7 +259,8 @@ class _AddLinear(torch.autograd.Function):
 def _kept(weight: Tensor, narrow: Tensor) -> Tensor:
     """What backward multiplies by: on a CPU, where casts take long, the one that there is.
 
-    Elsewhere the weight itself, which is there anyway, or, sharded, is gathered anew by then.
+    Elsewhere the weight itself, which is there anyway; where it is sharded, it is gathered anew,
+    and a cast that is kept would be the whole network again.
     """
     return narrow if weight.device.type == "cpu" else weight
 

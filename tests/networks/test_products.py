@@ -9,7 +9,7 @@ from torch import nn
 
 from discovr_monai.networks import products
 from discovr_monai.networks.products import add_linear, add_mlp, norm_linear, product
-from discovr_monai.networks.vit import VisionTransformer
+from discovr_monai.networks.vit import Block, VisionTransformer
 
 D, HIDDEN = 24, 40
 fused = pytest.mark.skipif(products._ONEDNN is None, reason="no bf16 products of oneDNN here")
@@ -72,20 +72,23 @@ def test_value_and_gradients_are_torchs(name, bias, frozen, dtype):
         layer.requires_grad_("weights" not in frozen)
     y, expected = value_and_gradients(theirs, used, residual, x)
     again, found = value_and_gradients(ours, used, residual, x)
-    torch.testing.assert_close(again, y, rtol=1e-6, atol=1e-5)
+    close = {"rtol": 1e-6, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(again, y, **close)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         if value is None:
             assert found[key] is None, key
         else:
-            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-5, msg=key)
+            torch.testing.assert_close(found[key], value, **close, msg=key)
 
 
 @pytest.mark.parametrize("name", ["norm", "add", "mlp"])
-@pytest.mark.parametrize("onednn", [True, False])
-def test_under_autocast_all_is_bf16_and_gradients_the_parameters_own(name, onednn, monkeypatch):
-    if not onednn:
+@pytest.mark.parametrize("other", [None, "no oneDNN", "no CPU"])
+def test_under_autocast_all_is_bf16_and_gradients_the_parameters_own(name, other, monkeypatch):
+    if other == "no oneDNN":
         monkeypatch.setattr(products, "_ONEDNN", None)
+    elif other == "no CPU":
+        monkeypatch.setattr(products, "_kept", lambda weight, narrow: weight)
     theirs, ours, used = ways(name, *layers())
     residual, x = (t.bfloat16().requires_grad_() for t in inputs())
     wide = [t.detach().float().requires_grad_() for t in (residual, x)]
@@ -182,24 +185,78 @@ def test_where_nothing_trains_no_function_of_ours_is_seen(monkeypatch):
             ours(residual, x)
 
 
-@fused
-@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")
-def test_what_is_traced_has_torchs_own_operations_only():
-    encoder = VisionTransformer(
+def tiny_encoder():
+    return VisionTransformer(
         image_size=16, num_frames=2, patch_size=8, embed_dim=D, depth=2, num_heads=3
-    ).eval()
-    clip = torch.randn(1, 3, 2, 16, 16)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")
+@pytest.mark.parametrize("autocast", [True, False])
+def test_what_is_traced_has_torchs_own_operations_only(autocast):
+    encoder, clip = tiny_encoder().eval(), torch.randn(1, 3, 2, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         program = torch.export.export(encoder, (clip,))
         traced = torch.jit.trace(encoder, clip, check_trace=False)
+    for graph in (str(program.graph), str(traced.inlined_graph)):
+        assert not [word for word in ("mkldnn", "add_", "gelu_") if f"::{word}(" in graph]
+        assert "linear" in graph
     assert "mkldnn" not in str(program.graph)
-    assert "mkldnn" not in str(traced.inlined_graph)
+    casts = [n for n in program.graph.nodes if "aten.to.dtype" in str(n.target)]
+    assert len(casts) <= 1
+
+
+@pytest.mark.parametrize("kind", ["hook", "subclass"])
+def test_a_layer_of_another_kind_does_not_bring_our_functions_into_a_trace(kind, tmp_path):
+    block = Block(D, 3, 2.0, qv_bias=True, norm_eps=1e-6).requires_grad_(False)
+    if kind == "hook":
+        block.norm2.register_forward_hook(lambda *_: None)
+    else:
+        block.mlp.fc1 = Doubled(D, 2 * D).requires_grad_(False)
+    x = torch.randn(2, 5, D)
+    traced = torch.jit.trace(block, x, check_trace=False)
+    traced.save(tmp_path / "block.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "block.pt")(x), block(x))
+
+
+def test_shapes_are_known_without_memory():
+    with torch.device("meta"):
+        encoder, clip = tiny_encoder(), torch.empty(2, 3, 2, 16, 16)
+        assert encoder(clip).shape == (2, 5, D)
+        with torch.no_grad():
+            assert encoder(clip).shape == (2, 5, D)
+
+
+@fused
+def test_forward_derivatives_are_not_lost():
+    norm, fc1, fc2 = (layer.requires_grad_(False) for layer in layers())
+    x, tangent = inputs()
+
+    def way(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return add_mlp(x, norm, fc1, fc2)
+
+    _, found = torch.func.jvp(way, (x,), (tangent,))
+    _, expected = torch.func.jvp(lambda x: x + fc2(F.gelu(fc1(norm(x)))), (x,), (tangent,))
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@fused
+def test_in_bf16_backward_keeps_no_other_activation():
+    norm, fc1, fc2 = layers()
+    x = inputs()[0].requires_grad_()
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        add_mlp(x, norm, fc1, fc2)
+    shapes = sorted((tuple(t.shape) for t in kept if t.dim() > 1), key=len)
+    assert shapes == [(HIDDEN, D), (D, HIDDEN), (3, 7, D), (3, 7, HIDDEN)]
 
 
 def test_under_autocast_what_blocks_add_to_stays_in_fp32():
-    encoder = VisionTransformer(
-        image_size=16, num_frames=2, patch_size=8, embed_dim=D, depth=2, num_heads=3
-    )
+    encoder = tiny_encoder()
     seen = []
     for block in encoder.blocks:
         block.register_forward_hook(lambda _, x, y: seen.extend((x[0].dtype, y.dtype)))
@@ -220,8 +277,14 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("kind", ["another linear", "another norm", "no affine", "hooks"])
-def test_layers_of_another_kind_are_called_as_they_are(kind):
+def listening(forward, heard):
+    return lambda x: heard.append(1) or forward(x)
+
+
+@pytest.mark.parametrize(
+    "kind", ["another linear", "another norm", "no affine", "hooks", "global hooks", "patched"]
+)
+def test_layers_of_another_kind_are_called_as_they_are(kind, monkeypatch, request):
     norm, fc1, fc2 = layers()
     heard = []
     if kind == "another linear":
@@ -230,9 +293,17 @@ def test_layers_of_another_kind_are_called_as_they_are(kind):
         norm = nn.RMSNorm(D)
     elif kind == "no affine":
         norm = nn.LayerNorm(D, elementwise_affine=False)
-    else:
+    elif kind == "hooks":
         for layer in (fc1, fc2):
             layer.register_forward_hook(lambda *_: heard.append(1))
+    elif kind == "patched":
+        for layer in (fc1, fc2):
+            monkeypatch.setattr(layer, "forward", listening(layer.forward, heard))
+    else:
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda layer, *_: heard.append(1) if isinstance(layer, nn.Linear) else None
+        )
+        request.addfinalizer(handle.remove)
     residual, x = inputs()
     for gradient in (True, False):
         for name, hooks in (("norm", 1), ("add", 2), ("mlp", 2)):
@@ -240,5 +311,5 @@ def test_layers_of_another_kind_are_called_as_they_are(kind):
             heard.clear()
             with torch.set_grad_enabled(gradient):
                 found = ours(residual, x)
-                assert len(heard) == (hooks if kind == "hooks" else 0)
+                assert len(heard) == (hooks if kind in ("hooks", "global hooks", "patched") else 0)
                 torch.testing.assert_close(found, theirs(residual, x))
