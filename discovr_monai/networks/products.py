@@ -98,7 +98,7 @@ def add_mlp(
     if not (_is_plain(fc2) and _trains(x, hidden, fc2.weight, fc2.bias)):
         return add_linear(x, F.gelu(hidden), fc2)
     if keep and not _is_fused(x):
-        return _linear(F.gelu(hidden), fc2.weight, fc2.bias, x)
+        return product(F.gelu(hidden), fc2.weight, fc2.bias, x)
     return _AddLinear.apply(x, hidden, fc2.weight, fc2.bias, True)
 
 
@@ -109,7 +109,9 @@ def product(
     residual: Tensor | None = None,
     gelu: bool = False,
 ) -> Tensor:
-    """residual + x W^T + b, or gelu(x W^T + b), in autocast's precision; for no gradient.
+    """residual + x W^T + b, or gelu(x W^T + b), in autocast's precision.
+
+    Autograd follows it, without GELU, where oneDNN is not used.
 
     Args:
         x: (..., d).
@@ -121,36 +123,22 @@ def product(
     Returns:
         (..., out).
     """
-    if not _is_fused(x):
-        return _linear(x, weight, bias, residual, gelu)
     kind = _compute_type(x)
-    x, weight = x.to(kind), weight.to(kind)
-    bias = None if bias is None else bias.to(kind)
-    y = _ONEDNN(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
-    return y if residual is None else _add_to(y, residual)
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    gelu: bool = False,
-) -> Tensor:
-    """As :func:`product`, in torch's own operations."""
-    wide = _compute_type(x) in (torch.float32, torch.float64)
-    if x.device.type != "cpu" or not wide or _is_traced():
+    if _is_fused(x):
+        bias = None if bias is None else bias.to(kind)
+        after, how = ("gelu", "none") if gelu else ("none", "")
+        y = _ONEDNN(x.to(kind), weight.to(kind), bias, after, [], how)
+    elif x.device.type == "cpu" and kind in (torch.float32, torch.float64) and not _is_traced():
+        y = F.linear(x, weight)
+        y = y if bias is None else y.add_(bias)
+        y = torch.ops.aten.gelu_(y) if gelu else y
+    else:
         y = F.linear(x, weight, bias)
         y = F.gelu(y) if gelu else y
         return y if residual is None else residual + y
-    y = F.linear(x, weight)
-    y = y if bias is None else y.add_(bias)  # in place: autograd needs no y
-    y = torch.ops.aten.gelu_(y) if gelu else y
-    return y if residual is None else _add_to(y, residual)
-
-
-def _add_to(y: Tensor, residual: Tensor) -> Tensor:
-    """Their sum, in place where it can be: of two precisions, a pass less than torch's own sum."""
+    if residual is None:
+        return y
+    # in place: of two precisions, that is a pass less than torch's own sum
     return y.to(torch.promote_types(y.dtype, residual.dtype)).add_(residual)
 
 
@@ -214,9 +202,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, weight = ctx.saved_tensors
         shape, needs = scale.shape, ctx.needs_input_grad
-        kind = x.dtype
-        if x.device.type != "cpu":
-            x = x.to(scale.dtype)  # as autocast has it in the forward; a CPU's norm takes both
+        kind, x = x.dtype, x.to(scale.dtype)  # as autocast has it in the forward
         y, mean, rstd = torch.native_layer_norm(x, shape, scale, shift, ctx.eps)
         d_y, d_weight, d_bias = _linear_backward(
             grad, y, weight, ctx.kind, any(needs[:3]), *needs[3:5]
