@@ -229,7 +229,7 @@ def test_a_quick_run_writes_every_key(tmp_path):
         low, high = found[f"{key}_spread"]
         assert 0 < low <= found[key] <= high
     for precision in ("fp32", "bf16"):
-        assert 0 < found[f"share_of_peak_{precision}"] < 1
+        assert found[f"share_of_peak_{precision}"] > 0  # of a timed peak: above 1 under load
         assert found["parts"][precision].keys() == {*needed(build("S", quick=True)[0]), "the rest"}
     assert found["memory_ratio"] > 0
     assert found["equal"]["gradient"] < 1e-5

@@ -9,12 +9,19 @@ import torch
 
 from discovr_monai.weights import read_checkpoint
 from tests.commands import run_module
+from tests.conftest import WIDTH
 
 ROOT = Path(__file__).parents[2]
 # relative to each tensor's largest number; 20 steps of AdamW amplify float32's rounding
 TOLERANCE = {"float64": 1e-9, "accumulated": 1e-9, "batch_norm": 1e-9, "float32": 2e-3,
              "sharded": 1e-9, "sharded_accumulated": 1e-9}  # fmt: skip
 ALONE = {"sharded": "float64", "sharded_accumulated": "accumulated"}  # what it must equal
+# float32 rounds each number by a share of 2^-24. A gradient is a sum over clips, views and tokens
+# (8 x 5 x 33), which ranks bring together in another order; a score is a sum over the width, and
+# Sinkhorn divides it by eps.
+ROUNDING = 2.0**-24
+FIRST_GRADIENTS = {"float32": 8 * 5 * 33 * ROUNDING}
+ASSIGNMENTS = {"float32": WIDTH / 0.05 * ROUNDING}
 BATCHES = {"accumulated": 50}  # of 10 epochs; the others have 20
 
 
@@ -58,9 +65,9 @@ def test_ranks_equal_one_process(runs, name, ranks):
             assert apart(found["state"][key], alone["state"][key]) < limit, key
         for when in ("first_gradients", "gradients"):
             assert found[when].keys() == alone[when].keys()
-    first = 1e-11 if limit < 1e-6 else 1e-5
     for key, gradient in alone["first_gradients"].items():
-        assert apart(together[0]["first_gradients"][key], gradient) < first, key
+        difference = apart(together[0]["first_gradients"][key], gradient)
+        assert difference < FIRST_GRADIENTS.get(name, 1e-11), key
     moved = max(
         float(
             (alone["state"][f"video_student.{k}"] - alone["state"][f"video_teacher.{k}"])
@@ -79,8 +86,7 @@ def test_sinkhorn_assigns_as_over_the_global_batch(runs, name, ranks):
     (alone,), together = load(runs[1], name, 1), load(runs[1], name, ranks)
     for side in (0, 1):
         joined = torch.cat([found["assignments"][side] for found in together])
-        limit = 1e-12 if name != "float32" else 1e-5
-        assert apart(joined, alone["assignments"][side]) < limit
+        assert apart(joined, alone["assignments"][side]) < ASSIGNMENTS.get(name, 1e-12)
 
 
 def test_a_sharded_checkpoint_goes_on_with_another_number_of_ranks(runs, tmp_path):
