@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from markers import write_between_markers
 
-from discovr_monai.data.phantom import PhantomCine, simulate_cine
-from discovr_monai.evaluation.contours import dice
-from discovr_monai.evaluation.statistics import estimate, mean_metric
-from discovr_monai.files import save_atomic
+from discovr_monai.base.files import save_atomic
+from discovr_monai.evaluation.heads.contours import dice
+from discovr_monai.evaluation.report.statistics import estimate, mean_metric
+from discovr_monai.phantom.dataset import PhantomCine, simulate_cine
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "annotation"
@@ -56,14 +56,10 @@ def one_beat(cine: PhantomCine) -> np.ndarray:
 
 def carry(seed: int, population: str | None) -> dict[str, Any]:
     """Mean Dice over a beat's frames that were not drawn, by what is drawn, method, structure."""
-    from discovr_monai.data.sector import resize_square
+    from discovr_monai.data.clips.normalise import PrepareClip
+    from discovr_monai.data.read.sector import resize_square
     from discovr_monai.inference.model import load_model
-    from discovr_monai.label.propagation import (
-        frame_features,
-        propagate,
-        propagate_by_flow,
-    )
-    from discovr_monai.training.optim import PrepareClip
+    from discovr_monai.label.learn.propagation import frame_features, propagate, propagate_by_flow
 
     model = load_model(MODEL)
     cine = simulate_cine(seed, population=population)

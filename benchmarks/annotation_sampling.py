@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from discovr_monai.data.datalist import Datalist, load_datalist
-from discovr_monai.data.phantom import write_phantom_dataset
-from discovr_monai.data.transforms import LoadCined
-from discovr_monai.evaluation.encoders import EvaluatedEncoder
-from discovr_monai.evaluation.results import Results
-from discovr_monai.evaluation.segmenter import Segmenter
+from discovr_monai.data.clips.normalise import PrepareClip
+from discovr_monai.data.clips.transforms import LoadCined
+from discovr_monai.data.lists.datalist import Datalist
+from discovr_monai.data.lists.scan import load_datalist
+from discovr_monai.evaluation.features.encoders import EvaluatedEncoder
+from discovr_monai.evaluation.heads.segmenter import Segmenter
+from discovr_monai.evaluation.report.results import Results
 from discovr_monai.inference.model import load_model
 from discovr_monai.inference.reading import CineReader
-from discovr_monai.label.acquisition import STRATEGIES, choose, mean_entropy
-from discovr_monai.label.finetuning import PartlyLabelled
-from discovr_monai.training.optim import PrepareClip
+from discovr_monai.label.learn.acquisition import STRATEGIES, choose, mean_entropy
+from discovr_monai.label.learn.finetuning import PartlyLabelled
+from discovr_monai.phantom.dataset import write_phantom_dataset
 
 POOL, VALIDATION, HELD = 60, 10, 30  # cines
 STEPS = (2, 4, 6, 8, 12, 16, 24)  # labelled cines at which a head is trained

@@ -26,8 +26,8 @@ from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
-from discovr_monai.data.dataset import ClipDataset
-from discovr_monai.weights import read_checkpoint
+from discovr_monai.data.clips.dataset import ClipDataset
+from discovr_monai.weights.files import read_checkpoint
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "discovr"
 VARIANTS = {

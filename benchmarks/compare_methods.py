@@ -68,7 +68,7 @@ def digest(content: Any) -> str:
 
 def make_data(plan: dict[str, Any], folder: Path) -> None:
     """Phantoms of every part and one datalist over them; patients of different parts differ."""
-    from discovr_monai.data.phantom import write_phantom_dataset
+    from discovr_monai.phantom.dataset import write_phantom_dataset
 
     sections: dict[str, list] = {}
     for part, settings in plan["data"].items():

@@ -17,7 +17,7 @@ from typing import Any
 
 from compare_methods import protocol
 
-from discovr_monai.tracking import log_evaluation
+from discovr_monai.base.tracking import log_evaluation
 
 EXPERIMENT = "discovr-comparison"
 HEADLINES = {  # task -> the method and the metrics that sum it up

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from compare_methods import results_of
 
-from discovr_monai.evaluation.statistics import (
+from discovr_monai.evaluation.report.statistics import (
     auroc,
     bootstrap_weights,
     classification_metrics,

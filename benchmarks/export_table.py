@@ -31,16 +31,16 @@ from torch import Tensor
 from tqdm import tqdm
 from train_step import machine
 
-from discovr_monai.data.masks import read_masks, window_masks
-from discovr_monai.data.transforms import LoadCined
-from discovr_monai.evaluation.contours import dice
-from discovr_monai.evaluation.segmenter import clip_stride, cover, label_frames
-from discovr_monai.export import ExportError, Part, check_clips, export_model
-from discovr_monai.export_formats import FORMATS, open_exported
+from discovr_monai.data.clips.normalise import IMAGENET_MEAN, IMAGENET_STD, PrepareClip
+from discovr_monai.data.clips.transforms import LoadCined
+from discovr_monai.data.read.masks import read_masks, window_masks
+from discovr_monai.evaluation.heads.contours import dice
+from discovr_monai.evaluation.heads.segmenter import clip_stride, cover, label_frames
+from discovr_monai.inference.export import ExportError, Part, check_clips, export_model
+from discovr_monai.inference.formats import FORMATS, open_exported
 from discovr_monai.inference.model import EchoModel, load_model
 from discovr_monai.inference.plan import find_cines
 from discovr_monai.inference.reading import CineReader, Seen
-from discovr_monai.training.optim import IMAGENET_MEAN, IMAGENET_STD, PrepareClip
 
 DOCS = Path(__file__).parents[1] / "docs" / "export.md"
 WAYS = {  # row -> format of its file; None: torch itself

@@ -27,15 +27,15 @@ import numpy as np
 import pydicom
 from tqdm import tqdm
 
-from discovr_monai.data.catalogue import build_datalist
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.dicom_writer import write_dicom
-from discovr_monai.data.masks import read_masks
-from discovr_monai.data.phantom import encode_avi, simulate_cine
-from discovr_monai.data.phantom_layouts import write_layout
-from discovr_monai.data.sector import prepare_cine
-from discovr_monai.data.workers import run_isolated
-from discovr_monai.types import CineError
+from discovr_monai.base.engine import run_isolated
+from discovr_monai.base.types import CineError
+from discovr_monai.data.lists.catalogue import build_datalist
+from discovr_monai.data.read.cine import read_cine
+from discovr_monai.data.read.masks import read_masks
+from discovr_monai.data.read.sector import prepare_cine
+from discovr_monai.data.write.dicom import write_dicom
+from discovr_monai.phantom.dataset import encode_avi, simulate_cine
+from discovr_monai.phantom.layouts import write_layout
 
 SECONDS, GIGABYTE = 10.0, 1e9
 

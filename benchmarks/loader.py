@@ -23,11 +23,11 @@ import torch
 from monai.transforms import Compose
 
 from discovr_monai import LoadCined, SampleClipd, VisionTransformer
-from discovr_monai.data.dataset import ClipDataset, EpochSampler
-from discovr_monai.data.phantom import encode_avi, simulate_cine
-from discovr_monai.data.shards import pack
-from discovr_monai.data.store import CineStore
-from discovr_monai.data.transforms import RandScaleCropd
+from discovr_monai.data.archive.shards import pack
+from discovr_monai.data.clips.dataset import ClipDataset, EpochSampler
+from discovr_monai.data.clips.transforms import RandScaleCropd
+from discovr_monai.data.read.store import CineStore
+from discovr_monai.phantom.dataset import encode_avi, simulate_cine
 
 CINES, FRAMES, CLIP, STRIDE = 24, 192, 64, 3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from discovr_monai.files import save_atomic
+from discovr_monai.base.files import save_atomic
 
 END = "<!-- end -->"
 

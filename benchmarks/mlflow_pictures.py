@@ -33,7 +33,7 @@ def address(server: str, what: str) -> str:
         raise SystemExit(f"this server has no experiment {SHOWN[what]!r}; see the top of this file")
     base = f"{server}/#/experiments/{experiment.experiment_id}"
     if what == "checkpoints":
-        from discovr_monai.tracking import VIEW
+        from discovr_monai.base.tracking import VIEW
 
         return f"{base}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     run = client.search_runs([experiment.experiment_id], max_results=1)[0]

@@ -18,7 +18,7 @@ import torch
 
 from discovr_monai.losses.sinkhorn import sinkhorn
 from discovr_monai.networks.discovr import Discovr
-from discovr_monai.weights import build_from_released
+from discovr_monai.weights.files import build_from_released
 
 LIMIT = 1e-5
 

@@ -17,11 +17,11 @@ import matplotlib
 import numpy as np
 import pydicom
 
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.phantom import PhantomCine, simulate_cine
-from discovr_monai.data.phantom_heart import KINDS
-from discovr_monai.data.phantom_ultrasound import BEAMS, RANGES, PointSpread, complex_noise
-from discovr_monai.data.sector import sector_mask
+from discovr_monai.data.read.cine import read_cine
+from discovr_monai.data.read.sector import sector_mask
+from discovr_monai.phantom.dataset import PhantomCine, simulate_cine
+from discovr_monai.phantom.heart import KINDS
+from discovr_monai.phantom.ultrasound import BEAMS, RANGES, PointSpread, complex_noise
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovr_monai.masking import visible_indices
+from discovr_monai.base.types import DiscovrOutput
 from discovr_monai.networks.discovr import Discovr, _frames
 from discovr_monai.networks.heads import Decoder
+from discovr_monai.networks.masking import visible_indices
 from discovr_monai.networks.vit import Attention, Block, VisionTransformer
-from discovr_monai.types import DiscovrOutput
 
 
 def plain_attention(attention: Attention, x: Tensor) -> Tensor:

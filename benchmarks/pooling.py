@@ -24,8 +24,8 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from discovr_monai import LoadCined, SampleClipd
-from discovr_monai.data.store import CineStore
-from discovr_monai.evaluation.encoders import EvaluatedEncoder
+from discovr_monai.data.read.store import CineStore
+from discovr_monai.evaluation.features.encoders import EvaluatedEncoder
 
 
 @torch.no_grad()

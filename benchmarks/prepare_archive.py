@@ -15,11 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from discovr_monai.data.phantom import encode_avi, simulate_cine
+from discovr_monai.phantom.dataset import encode_avi, simulate_cine
 
 JOB = """
 import resource, sys
-from discovr_monai.data.prepare import prepare
+from discovr_monai.data.archive.prepare import prepare
 if __name__ == "__main__":
     counts = prepare(sys.argv[1], sys.argv[2], size=64, progress=False)
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -14,8 +14,8 @@ import matplotlib
 import torch
 from monai.bundle import ConfigParser
 
-from discovr_monai.visualise import blend, cluster_map, palette, pca_colours, token_maps
-from discovr_monai.weights import load_strict, read_checkpoint
+from discovr_monai.training.pictures import blend, cluster_map, palette, pca_colours, token_maps
+from discovr_monai.weights.files import load_strict, read_checkpoint
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

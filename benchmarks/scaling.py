@@ -34,7 +34,7 @@ from scaling_model import (
     waiting,
 )
 
-from discovr_monai.data.dataset import SharedBatches
+from discovr_monai.data.clips.dataset import SharedBatches
 from discovr_monai.networks.discovr import Discovr
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"

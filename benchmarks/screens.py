@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from discovr_monai.data.augment import AUGMENTATIONS
-from discovr_monai.data.cine import to_grey
-from discovr_monai.data.phantom import simulate_cine
-from discovr_monai.data.phantom_screen import simulate_screen
-from discovr_monai.data.sector import prepare_cine, sector_mask
-from discovr_monai.types import Cine
+from discovr_monai.base.types import Cine
+from discovr_monai.data.clips.augment import AUGMENTATIONS
+from discovr_monai.data.read.pixels import to_grey
+from discovr_monai.data.read.sector import prepare_cine, sector_mask
+from discovr_monai.phantom.dataset import simulate_cine
+from discovr_monai.phantom.screen import simulate_screen
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import matplotlib
 import pydicom
 
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.sector import sector_mask
-from discovr_monai.data.transforms import LoadCined
+from discovr_monai.data.clips.transforms import LoadCined
+from discovr_monai.data.read.cine import read_cine
+from discovr_monai.data.read.sector import sector_mask
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

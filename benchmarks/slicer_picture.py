@@ -21,7 +21,7 @@ import nibabel
 import numpy as np
 from monailabel.client.client import MONAILabelClient
 
-from discovr_monai.evaluation.plots import INK, STYLE
+from discovr_monai.evaluation.report.plots import INK, STYLE
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -37,7 +37,7 @@ from markers import write_between_markers
 from quiet import busy_cores
 from startup_report import PRESETS, imported, tables
 
-from discovr_monai.data.phantom import write_phantom_dataset
+from discovr_monai.phantom.dataset import write_phantom_dataset
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "performance.md"

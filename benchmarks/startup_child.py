@@ -104,17 +104,20 @@ def wrap_ours(clock: Clock) -> None:
     from monai.bundle.workflows import ConfigWorkflow
 
     from discovr_monai import configuration
-    from discovr_monai.data import datalist, dataset, loading
+    from discovr_monai.data.clips import dataset
+    from discovr_monai.data.lists import scan
+    from discovr_monai.data.read import loader
     from discovr_monai.networks import discovr, heads, vit
+    from discovr_monai.phantom import dataset as phantom
     from discovr_monai.training import checkpoint, handlers, trainer
 
     tracking = handlers.Tracking
     for owner, function, name in (
         (ConfigWorkflow, "__init__", "read the config (MONAI)"),
         (configuration, "check_command_line", "check the command line"),
-        (datalist, "ensure_demo_data", "make the demo data"),
-        (datalist, "load_datalist", "find or scan the cines"),
-        (loading.CineLoader, "load", "decode or map cines"),
+        (phantom, "ensure_demo_data", "make the demo data"),
+        (scan, "load_datalist", "find or scan the cines"),
+        (loader.CineLoader, "load", "decode or map cines"),
         (dataset.ClipDataset, "__getitem__", "cut clips"),
         *((c, "__init__", "build the network") for c in (discovr.Discovr, vit.VisionTransformer)),
         *((c, "__init__", "build the network") for c in (heads.ProjectionHead, heads.Decoder)),
@@ -132,7 +135,7 @@ def wrap_ours(clock: Clock) -> None:
 
 def wrap_calls(clock: Clock) -> None:
     """What an epoch is made of."""
-    from discovr_monai.data import dataset
+    from discovr_monai.data.clips import dataset
     from discovr_monai.training import checkpoint, handlers, trainer
 
     for owner, function, name in (

@@ -35,7 +35,7 @@ from step_parts import bandwidth, matrix_peak, time_parts
 from step_report import option_tables, tables
 from step_setup import SIZES, build, difference, now, step
 
-from discovr_monai.files import save_atomic
+from discovr_monai.base.files import save_atomic
 from discovr_monai.training.trainer import DiscovrTrainer, unwrap
 
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"

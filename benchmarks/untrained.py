@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
-from discovr_monai.files import save_atomic
-from discovr_monai.weights import FORMAT, describe_encoders
+from discovr_monai.base.files import save_atomic
+from discovr_monai.weights.files import FORMAT, describe_encoders
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "discovr"
 

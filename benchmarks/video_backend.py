@@ -17,8 +17,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.phantom import simulate_cine
+from discovr_monai.data.read.cine import read_cine
+from discovr_monai.phantom.dataset import simulate_cine
 
 FRAMES, ROUNDS = 480, 15
 

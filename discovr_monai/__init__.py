@@ -11,10 +11,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "read_cine": "discovr_monai.data.cine",
-    "LoadCined": "discovr_monai.data.transforms",
-    "SampleClipd": "discovr_monai.data.transforms",
-    "TubeMasking": "discovr_monai.masking",
+    "read_cine": "discovr_monai.data.read.cine",
+    "LoadCined": "discovr_monai.data.clips.transforms",
+    "SampleClipd": "discovr_monai.data.clips.transforms",
+    "TubeMasking": "discovr_monai.networks.masking",
     "VisionTransformer": "discovr_monai.networks.vit",
     "Discovr": "discovr_monai.networks.discovr",
     "SelfDistillation": "discovr_monai.losses.distillation",

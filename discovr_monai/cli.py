@@ -171,10 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _phantom(arguments: argparse.Namespace) -> int:
-    from discovr_monai.data.phantom import write_phantom_dataset
+    from discovr_monai.phantom.dataset import write_phantom_dataset
 
     if arguments.layout is not None:
-        from discovr_monai.data.phantom_layouts import write_layout
+        from discovr_monai.phantom.layouts import write_layout
 
         write_layout(arguments.layout, arguments.folder, seed=arguments.seed)
         return 0
@@ -192,8 +192,9 @@ def _phantom(arguments: argparse.Namespace) -> int:
 
 
 def _scan(arguments: argparse.Namespace) -> int:
-    from discovr_monai.data.datalist import scan_folder, summary
-    from discovr_monai.data.loading import CineLoader
+    from discovr_monai.data.lists.datalist import summary
+    from discovr_monai.data.lists.scan import scan_folder
+    from discovr_monai.data.read.loader import CineLoader
 
     loader = CineLoader(arguments.folder)
     found = scan_folder(
@@ -204,7 +205,7 @@ def _scan(arguments: argparse.Namespace) -> int:
 
 
 def _datalist(arguments: argparse.Namespace) -> int:
-    from discovr_monai.data import catalogue
+    from discovr_monai.data.lists import catalogue
 
     if arguments.name == "list":
         for name in catalogue.names():
@@ -231,7 +232,7 @@ def _datalist(arguments: argparse.Namespace) -> int:
     if report is not None:
         print(f"{len(found.set_aside)} files set aside, reasons in {report.name}")
     if arguments.report:
-        from discovr_monai.reports import draw_report
+        from discovr_monai.data.lists.report import draw_report
 
         files = draw_report(found, arguments.report)
         print("Drawn: " + ", ".join(f.name for f in files))
@@ -243,7 +244,7 @@ def _datalist(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from discovr_monai.data.prepare import prepare
+    from discovr_monai.data.archive.prepare import prepare
 
     counts = prepare(
         arguments.source,
@@ -267,8 +268,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _reidentify(arguments: argparse.Namespace) -> int:
-    from discovr_monai.data.prepare import reidentify
-    from discovr_monai.data.tables import shown
+    from discovr_monai.base.tables import shown
+    from discovr_monai.data.archive.prepare import reidentify
 
     for entry in reidentify(arguments.private, arguments.salt):
         if not arguments.ids or {entry["id"], entry["patient"]} & set(arguments.ids):
@@ -277,7 +278,7 @@ def _reidentify(arguments: argparse.Namespace) -> int:
 
 
 def _shards(arguments: argparse.Namespace) -> int:
-    from discovr_monai.data.shards import pack
+    from discovr_monai.data.archive.shards import pack
 
     count = pack(arguments.prepared, arguments.out, gb=arguments.gb, seed=arguments.seed)
     print(f"{count} shards. Train with --dataset_dir OUT --shard_window 4")
@@ -285,15 +286,15 @@ def _shards(arguments: argparse.Namespace) -> int:
 
 
 def _model(arguments: argparse.Namespace) -> int:
-    from discovr_monai.evaluation.heads import bundle_heads
+    from discovr_monai.evaluation.heads.saved import bundle_heads
 
     bundle_heads(arguments.checkpoint, arguments.head, arguments.output)
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from discovr_monai.export import export_model
-    from discovr_monai.notice import NOTICE
+    from discovr_monai.base.notice import NOTICE
+    from discovr_monai.inference.export import export_model
 
     export_model(
         arguments.model,
@@ -309,8 +310,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from discovr_monai import convert
-    from discovr_monai.foreign.positions import Wanted
+    from discovr_monai.weights import convert
+    from discovr_monai.weights.positions import Wanted
 
     if arguments.to_released:
         lines = convert.to_released(arguments.source, arguments.output)
@@ -328,7 +329,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _download(arguments: argparse.Namespace) -> int:
-    from discovr_monai import hub
+    from discovr_monai.weights import download as hub
 
     if arguments.name == "list":
         for name, entry in hub.REGISTRY.items():
@@ -356,7 +357,7 @@ def _nearest(arguments: argparse.Namespace) -> int:
 
 
 def _label(arguments: argparse.Namespace) -> int:
-    from discovr_monai.label.server import serve
+    from discovr_monai.label.server.start import serve
 
     options = ("work", "host", "port", "view", "certificate", "key", "readers", "tracking_uri")
     serve(
@@ -368,11 +369,11 @@ def _label(arguments: argparse.Namespace) -> int:
 
 
 def _labels(arguments: argparse.Namespace) -> int:
-    from discovr_monai.label.studies import export_labels
+    from discovr_monai.label.archive.studies import export_labels
 
     structures = None
     if arguments.dicom:
-        from discovr_monai.weights import read_checkpoint
+        from discovr_monai.weights.files import read_checkpoint
 
         heads = read_checkpoint(_model_file(arguments.model))["about"].get("heads", {})
         structures = heads.get("segmentation", {}).get("structures", [])
@@ -391,7 +392,7 @@ def _labels(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    from discovr_monai.label.dicomweb import pull
+    from discovr_monai.label.archive.dicomweb import pull
 
     counts = pull(
         arguments.url,
@@ -410,7 +411,7 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    from discovr_monai.label.dicomweb import push
+    from discovr_monai.label.archive.dicomweb import push
 
     counts = push(arguments.folder, arguments.url, plain_http=arguments.plain_http)
     print(f"{counts['stored']} files stored, {counts['refused']} refused: see pushed.csv")
@@ -418,7 +419,7 @@ def _push(arguments: argparse.Namespace) -> int:
 
 
 def _label_bundle(arguments: argparse.Namespace) -> int:
-    from discovr_monai.label.stock import write_stock_app
+    from discovr_monai.label.server.stock import write_stock_app
 
     print(write_stock_app(arguments.out, _model_file(arguments.model), arguments.view))
     return 0
@@ -434,7 +435,7 @@ def _model_file(given: str | None) -> Path:
 
 
 def _mlflow(arguments: argparse.Namespace) -> int:
-    from discovr_monai.tracking import serve
+    from discovr_monai.base.tracking import serve
 
     serve(arguments.store, arguments.port)
     return 0

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from discovr_monai.files import save_atomic
-from discovr_monai.tracking import store_file
+from discovr_monai.base.files import save_atomic
+from discovr_monai.base.tracking import store_file
 
 # what `monai.bundle run` itself understands
 RUN_OPTIONS = {

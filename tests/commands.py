@@ -25,7 +25,7 @@ from typing import Any
 IMPORTED = [
     "monai.bundle", "ignite", "mlflow", "discovr_monai.configuration",
     "discovr_monai.training.trainer", "discovr_monai.training.handlers",
-    "discovr_monai.evaluation.results", "discovr_monai.inference.archive",
+    "discovr_monai.evaluation.report.results", "discovr_monai.inference.job",
 ]  # fmt: skip
 
 

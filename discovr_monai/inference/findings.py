@@ -12,11 +12,15 @@ import torch
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor
 
-from discovr_monai.evaluation.contours import ejection_fraction, largest_component, simpson_volume
-from discovr_monai.evaluation.segmenter import clip_stride, cover, label_frames, most_likely
+from discovr_monai.data.clips.normalise import PrepareClip
+from discovr_monai.evaluation.heads.contours import (
+    ejection_fraction,
+    largest_component,
+    simpson_volume,
+)
+from discovr_monai.evaluation.heads.segmenter import clip_stride, cover, label_frames, most_likely
 from discovr_monai.inference.model import EchoModel
 from discovr_monai.inference.reading import Seen
-from discovr_monai.training.optim import PrepareClip
 
 EMPTY = 0.05  # share of frames without a cavity that contours may have
 
@@ -159,7 +163,7 @@ class Analyst:
         """What the contours' head says of every frame, withheld or not.
 
         Args:
-            read: see :func:`discovr_monai.evaluation.segmenter.label_frames`.
+            read: see :func:`discovr_monai.evaluation.heads.segmenter.label_frames`.
 
         Returns:
             (T, s, s) uint8 in the cine's square window.

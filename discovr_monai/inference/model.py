@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discovr_monai.evaluation.encoders import (
+from discovr_monai.evaluation.features.encoders import (
     TRAINED,
     FrozenEncoder,
     pool_tokens,
     pooled,
     read_about,
 )
-from discovr_monai.evaluation.features import POOLINGS
-from discovr_monai.evaluation.heads import Familiarity, LinearHead, familiar_features
-from discovr_monai.evaluation.segmenter import SegmentationHead, Segmenter
+from discovr_monai.evaluation.features.extract import POOLINGS
+from discovr_monai.evaluation.heads.saved import Familiarity, LinearHead, familiar_features
+from discovr_monai.evaluation.heads.segmenter import SegmentationHead, Segmenter
 from discovr_monai.networks.vit import VisionTransformer
-from discovr_monai.weights import DESCRIPTION, CheckpointError, describe, load_strict
+from discovr_monai.weights.files import DESCRIPTION, CheckpointError, describe, load_strict
 
 
 class EchoModel(nn.Module):

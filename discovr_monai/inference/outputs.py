@@ -10,26 +10,26 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from discovr_monai.data.cine import is_dicom
-from discovr_monai.data.label_writer import (
+from discovr_monai.base.files import save_atomic, write_text
+from discovr_monai.base.notice import NOTICE
+from discovr_monai.base.types import CineError, DatalistRow
+from discovr_monai.data.read.kinds import is_dicom
+from discovr_monai.data.read.masks import read_masks, window_masks
+from discovr_monai.data.write.labels import (
     full_frame_labels,
     write_dicom_labels,
     write_nifti_labels,
 )
-from discovr_monai.data.masks import read_masks, window_masks
-from discovr_monai.evaluation.plots import save_overlay
-from discovr_monai.files import save_atomic, write_text
+from discovr_monai.evaluation.report.plots import save_overlay
 from discovr_monai.inference.findings import Finding
 from discovr_monai.inference.model import EchoModel
 from discovr_monai.inference.plan import Plan
 from discovr_monai.inference.reading import CineReader, Seen
 from discovr_monai.inference.search import nearest_cases
 from discovr_monai.inference.table import read_embeddings, read_table
-from discovr_monai.notice import NOTICE
 from discovr_monai.pages.charts import metric_name
 from discovr_monai.pages.drawing import SHOWN, resize_labels
 from discovr_monai.pages.page import CineView, Nearest, write_study_page
-from discovr_monai.types import CineError, DatalistRow
 
 NEAREST = 6
 SHOWN_CINES = 24  # of a study, at most

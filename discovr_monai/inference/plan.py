@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from discovr_monai.data.cine import known_name
-from discovr_monai.data.datalist import load_rows, walk
-from discovr_monai.data.privacy import load_salt, salted_id
-from discovr_monai.files import write_text
-from discovr_monai.types import DatalistRow
+from discovr_monai.base.files import write_text
+from discovr_monai.base.privacy import load_salt, salted_id
+from discovr_monai.base.types import DatalistRow
+from discovr_monai.data.lists.datalist import load_rows
+from discovr_monai.data.read.kinds import known_name, walk
 
 
 @dataclass(frozen=True)

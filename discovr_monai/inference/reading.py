@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from discovr_monai.data.cine import failure_of, file_below
-from discovr_monai.data.datalist import salted_owners
-from discovr_monai.data.privacy import load_salt
-from discovr_monai.data.transforms import LoadCined, SampleClipd
-from discovr_monai.types import DatalistRow
+from discovr_monai.base.privacy import load_salt
+from discovr_monai.base.types import DatalistRow
+from discovr_monai.data.clips.transforms import LoadCined, SampleClipd
+from discovr_monai.data.lists.owners import salted_owners
+from discovr_monai.data.read.kinds import failure_of, file_below
 
 THUMBNAIL = 64  # pixels per side
 
@@ -28,7 +28,7 @@ class Seen:
         clips: (n, C, t, S, S) uint8, evenly spaced windows.
         fps: frames per second, or None.
         spacing: (row, column) mm of the file's own frames, or None.
-        window: see :class:`discovr_monai.types.Cine`.
+        window: see :class:`discovr_monai.base.types.Cine`.
     """
 
     row: DatalistRow

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from discovr_monai.files import save_atomic
+from discovr_monai.base.files import save_atomic
 from discovr_monai.inference.table import read_embeddings, read_table
 
 EXACT = 100_000  # rows up to which every distance is computed

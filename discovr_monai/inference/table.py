@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from discovr_monai.files import save_atomic
-from discovr_monai.notice import NOTICE
+from discovr_monai.base.files import save_atomic
+from discovr_monai.base.notice import NOTICE
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: Any) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from discovr_monai.base.types import DiscovrOutput
 from discovr_monai.losses.cross_entropy import soft_cross_entropy
 from discovr_monai.losses.sinkhorn import Assignments
-from discovr_monai.types import DiscovrOutput
 
 
 class HardAssignments(Assignments):

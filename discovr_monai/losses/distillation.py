@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from discovr_monai.base.schedules import Schedule
+from discovr_monai.base.types import DiscovrOutput
 from discovr_monai.losses.cross_entropy import soft_cross_entropy
 from discovr_monai.losses.sinkhorn import sinkhorn
-from discovr_monai.schedules import Schedule
-from discovr_monai.types import DiscovrOutput
 
 
 class SelfDistillation(nn.Module):

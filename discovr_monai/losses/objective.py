@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from discovr_monai.types import DiscovrOutput
+from discovr_monai.base.types import DiscovrOutput
 
 
 class Objective(nn.Module):

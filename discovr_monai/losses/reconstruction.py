@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from discovr_monai.types import DiscovrOutput
+from discovr_monai.base.types import DiscovrOutput
 
 
 class PixelReconstruction(nn.Module):

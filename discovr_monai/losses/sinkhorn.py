@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from discovr_monai.distributed import all_reduce_max, all_reduce_sum
+from discovr_monai.base.distributed import all_reduce_max, all_reduce_sum
 
 
 class Assignments:

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovr_monai.distributed import all_reduce_mean
+from discovr_monai.base.distributed import all_reduce_mean
+from discovr_monai.base.types import DiscovrOutput
 from discovr_monai.networks.early import early_backward
 from discovr_monai.networks.ema import ema_update, make_teacher
 from discovr_monai.networks.heads import Decoder, ProjectionHead
 from discovr_monai.networks.vit import VisionTransformer
-from discovr_monai.types import DiscovrOutput
 
 
 class Discovr(nn.Module):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovr_monai.distributed import sum_over_ranks, world_size
-from discovr_monai.masking import visible_indices
+from discovr_monai.base.distributed import sum_over_ranks, world_size
+from discovr_monai.networks.masking import visible_indices
 from discovr_monai.networks.vit import Block, init_weights, sincos_positions
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from discovr_monai.masking import visible_indices
+from discovr_monai.networks.masking import visible_indices
 from discovr_monai.networks.products import add_linear, add_mlp, norm_linear
 
 SHORT = 256  # tokens; the masked views of the paper have 6 and 161

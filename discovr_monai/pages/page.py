@@ -21,8 +21,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from discovr_monai.files import save_atomic
-from discovr_monai.notice import NOTICE
+from discovr_monai.base.files import save_atomic
+from discovr_monai.base.notice import NOTICE
 from discovr_monai.pages.charts import Curve, draw_curve, headlines_of, metric_tables
 from discovr_monai.pages.drawing import UNITS, data_uri, draw_sheets, jpeg, outlines, shrink
 

@@ -14,13 +14,12 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
-from discovr_monai.distributed import all_reduce_max, gather_objects, rank
-from discovr_monai.files import save_atomic
+from discovr_monai.base.distributed import all_reduce_max, gather_objects, rank
+from discovr_monai.base.files import save_atomic
 from discovr_monai.networks.parallel import is_sharded
-from discovr_monai.sharded import find_sharded, read_into, read_state, shapes, write_sharded
 from discovr_monai.training.initial import start_from
 from discovr_monai.training.trainer import DiscovrTrainer, unwrap
-from discovr_monai.weights import (
+from discovr_monai.weights.files import (
     FORMAT,
     CheckpointError,
     describe_encoders,
@@ -28,6 +27,7 @@ from discovr_monai.weights import (
     load_strict,
     read_checkpoint,
 )
+from discovr_monai.weights.sharded import find_sharded, read_into, read_state, shapes, write_sharded
 
 
 def random_states() -> dict[str, Any]:

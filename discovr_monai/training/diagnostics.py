@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from discovr_monai.base.types import DiscovrOutput
 from discovr_monai.losses.clustering import ClusterDistillation
 from discovr_monai.losses.distillation import SelfDistillation
 from discovr_monai.losses.objective import Objective
-from discovr_monai.types import DiscovrOutput
 
 
 def entropy(probabilities: Tensor) -> Tensor:

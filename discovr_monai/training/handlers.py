@@ -17,10 +17,9 @@ from mlflow.entities import Metric, RunTag
 from monai.handlers import MLFlowHandler
 from tqdm import tqdm
 
-from discovr_monai.distributed import all_reduce_mean, rank, world_size
-from discovr_monai.networks.parallel import is_sharded
-from discovr_monai.running import end_dead_runs, hold, release, touch
-from discovr_monai.tracking import (
+from discovr_monai.base.distributed import all_reduce_mean, rank, world_size
+from discovr_monai.base.running import end_dead_runs, hold, release, touch
+from discovr_monai.base.tracking import (
     TRAININGS,
     artifacts_place,
     make_store,
@@ -28,6 +27,7 @@ from discovr_monai.tracking import (
     store_file,
     versions,
 )
+from discovr_monai.networks.parallel import is_sharded
 from discovr_monai.training.diagnostics import collapse_report
 from discovr_monai.training.trainer import DiscovrTrainer
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from discovr_monai.networks.discovr import Discovr
 from discovr_monai.networks.parallel import load_whole
-from discovr_monai.weights import (
+from discovr_monai.weights.files import (
     CheckpointError,
     depth_of,
     describe_encoders,

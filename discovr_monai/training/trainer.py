@@ -14,14 +14,14 @@ from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from discovr_monai.distributed import all_reduce_max, all_reduce_mean, rank, world_size
+from discovr_monai.base.distributed import all_reduce_max, all_reduce_mean, rank, world_size
+from discovr_monai.base.schedules import Schedule
+from discovr_monai.base.types import DiscovrOutput, Stretch
 from discovr_monai.losses.objective import Objective
-from discovr_monai.masking import TubeMasking
 from discovr_monai.networks.discovr import Discovr
+from discovr_monai.networks.masking import TubeMasking
 from discovr_monai.networks.parallel import is_sharded
-from discovr_monai.schedules import Schedule
 from discovr_monai.training.diagnostics import diagnose
-from discovr_monai.types import DiscovrOutput, Stretch
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 

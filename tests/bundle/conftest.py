@@ -22,7 +22,7 @@ TINY = [
 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory):
-    from discovr_monai.data.phantom import write_phantom_dataset
+    from discovr_monai.phantom.dataset import write_phantom_dataset
 
     folder = tmp_path_factory.mktemp("data") / "phantom"
     write_phantom_dataset(folder, num_clips=24, num_frames=24, workers=1, progress=False)

@@ -12,7 +12,7 @@ import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from discovr_monai.configuration import check_command_line, resolve_precision
-from discovr_monai.weights import describe_encoders
+from discovr_monai.weights.files import describe_encoders
 from tests.bundle.conftest import BUNDLE, run
 
 CONFIGS = BUNDLE / "configs"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from discovr_monai.weights import read_checkpoint
+from discovr_monai.weights.files import read_checkpoint
 from tests.bundle.conftest import TINY
 
 TOGETHER, ALONE = 2, 5  # batches of an epoch: 10 normal hearts, by 2 x 2 or by 2

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from discovr_monai.base.notice import NOTICE
 from discovr_monai.cli import main
 from discovr_monai.inference.table import read_table
-from discovr_monai.notice import NOTICE
 from tests.bundle.conftest import BUNDLE, run
 from tests.evaluation.conftest import checkpoint, labelled  # noqa: F401 (fixtures)
 
@@ -66,8 +66,8 @@ def test_a_folder_to_everything(bundle, model, labelled, tmp_path):  # noqa: F81
 def test_dicom_in_dicom_out(bundle, model, labelled, tmp_path):  # noqa: F811
     import pydicom
 
-    from discovr_monai.data.cine import read_cine
-    from discovr_monai.data.dicom_writer import write_dicom
+    from discovr_monai.data.read.cine import read_cine
+    from discovr_monai.data.write.dicom import write_dicom
 
     source = tmp_path / "study"
     source.mkdir()

@@ -24,7 +24,7 @@ def mixed(tmp_path_factory, phantom):
     import nibabel
     import pydicom
 
-    from discovr_monai.data.cine import read_cine
+    from discovr_monai.data.read.cine import read_cine
 
     folder = tmp_path_factory.mktemp("mixed") / "hospital"
     (folder / "sub").mkdir(parents=True)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from discovr_monai.cli import main
-from discovr_monai.weights import read_checkpoint
+from discovr_monai.weights.files import read_checkpoint
 from tests.bundle.conftest import run, train
 from tests.parity import released
 
@@ -34,7 +34,7 @@ RUN_BY = {
     '--stride 2 --licence "CC-BY-NC-4.0"': "test_other_layouts",
     "discovr-monai convert dino.pth image.safetensors --image-size 112 --num-frames 32": "test_other_layouts",
     "discovr-monai convert output/pretrain/last.pt discovr_released.npz --to-released": "test_back",
-    "discovr-monai download list": "tests/test_hub.py: test_the_command",
+    "discovr-monai download list": "tests/weights/test_download.py: test_the_command",
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pydicom
 import pytest
 
-from discovr_monai.data.phantom_layouts import LAYOUTS, write_layout
+from discovr_monai.phantom.layouts import LAYOUTS, write_layout
 from tests.bundle.conftest import train
 
 ADAPTER = {"camus-mhd": "camus"}

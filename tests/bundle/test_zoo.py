@@ -14,7 +14,7 @@ import torch
 from monai.bundle import ckpt_export, verify_metadata
 from monai.data import load_net_with_metadata
 
-from discovr_monai.export_formats import open_exported
+from discovr_monai.inference.formats import open_exported
 from discovr_monai.inference.model import EchoModel, load_model
 from discovr_monai.networks.vit import VisionTransformer
 from tests.bundle.conftest import BUNDLE, run
@@ -25,10 +25,10 @@ SHAPE = (3, 8, 64, 64)
 WIDTH = 128  # of metadata.json
 EXPORT = "discovr-monai export models/model.pt exported"
 RUN_BY = {  # command of the page -> the test that runs it
-    "pip install 'discovr-monai[export]'": "tests/test_readme.py: test_a_plain_install_builds",
-    EXPORT: "tests/test_export.py: folder",
+    "pip install 'discovr-monai[export]'": "tests/docs/test_readme.py: test_a_plain_install_builds",
+    EXPORT: "tests/inference/test_export.py: folder",
     f"{EXPORT} --format onnx int8 torchscript --part embedding --branch image_teacher "
-    "--pooling both": "tests/test_export.py: test_the_second_command_of_the_page",
+    "--pooling both": "tests/inference/test_export.py: test_the_second_command_of_the_page",
     "verify_net_in_out": "test_network_and_metadata_agree",
     "verify_metadata": "test_the_metadata_is_a_bundles",
     "ckpt_export": "test_torchscript",

@@ -8,15 +8,15 @@ import shutil
 import numpy as np
 import pytest
 
+from discovr_monai.base.tables import read_table
 from discovr_monai.cli import main
-from discovr_monai.data import catalogue
-from discovr_monai.data.catalogue import build_datalist
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.masks import read_masks
-from discovr_monai.data.phantom_layouts import LAYOUTS, SIZE, _heart, write_layout
-from discovr_monai.data.tables import read_table
-from discovr_monai.evaluation.segmentation_report import dice
-from discovr_monai.reports import near_duplicates
+from discovr_monai.data.lists import catalogue
+from discovr_monai.data.lists.catalogue import build_datalist
+from discovr_monai.data.lists.report import near_duplicates
+from discovr_monai.data.read.cine import read_cine
+from discovr_monai.data.read.masks import read_masks
+from discovr_monai.evaluation.report.segmentation_report import dice
+from discovr_monai.phantom.layouts import LAYOUTS, SIZE, _heart, write_layout
 
 ADAPTER = {"camus-mhd": "camus"}
 PATIENTS = 4
@@ -311,7 +311,7 @@ def test_the_command_writes_reports_and_draws(trees, tmp_path, capsys):
 
 
 def test_formulas_stay_text(tmp_path):
-    from discovr_monai.types import CineError
+    from discovr_monai.base.types import CineError
 
     found = catalogue.Catalogue("n", "l", "s", {"training": []}, [CineError("=cmd()", "p", "r")])
     report = found.write(tmp_path / "d.json")

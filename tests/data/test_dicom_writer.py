@@ -8,8 +8,8 @@ import numpy as np
 import pydicom
 import pytest
 
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.dicom_writer import deidentified_tags, write_dicom
+from discovr_monai.data.read.cine import read_cine
+from discovr_monai.data.write.dicom import deidentified_tags, write_dicom
 from tests.data.conftest import moving_blob, said_by
 
 GREY = moving_blob(6, 32, 40)

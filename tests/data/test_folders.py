@@ -15,13 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovr_monai.data import datalist as module
-from discovr_monai.data.datalist import load_datalist, split_by_patient, summary
-from discovr_monai.data.privacy import load_salt, salted_id
-from discovr_monai.data.sector import isolate_sector, sector_mask
-from discovr_monai.data.store import CineStore
-from discovr_monai.data.transforms import LoadCined
-from discovr_monai.types import Cine
+from discovr_monai.base.privacy import load_salt, salted_id
+from discovr_monai.base.types import Cine
+from discovr_monai.data.clips.transforms import LoadCined
+from discovr_monai.data.lists import scan as module
+from discovr_monai.data.lists.datalist import summary
+from discovr_monai.data.lists.owners import split_by_patient
+from discovr_monai.data.lists.scan import load_datalist
+from discovr_monai.data.read.sector import isolate_sector, sector_mask
+from discovr_monai.data.read.store import CineStore
 from tests.data.conftest import moving_blob, write_dicom, write_video
 
 REAL = pydicom.examples.get_path("ybr_color")

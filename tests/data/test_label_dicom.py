@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.sr.codedict import codes
 
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.dicom_writer import deidentified_tags, write_dicom
-from discovr_monai.data.label_capture import draw_outlines, write_secondary_capture
-from discovr_monai.data.label_dicom import CODES, write_dicom_segmentation
-from discovr_monai.data.label_writer import write_dicom_labels
-from discovr_monai.notice import NOTICE
-from discovr_monai.types import CineError
+from discovr_monai.base.notice import NOTICE
+from discovr_monai.base.types import CineError
+from discovr_monai.data.read.cine import read_cine
+from discovr_monai.data.write.capture import draw_outlines, write_secondary_capture
+from discovr_monai.data.write.dicom import deidentified_tags, write_dicom
+from discovr_monai.data.write.labels import write_dicom_labels
+from discovr_monai.data.write.segmentation import CODES, write_dicom_segmentation
 from tests.data.conftest import moving_blob, said_by
 
 REAL = Path(pydicom.examples.get_path("ybr_color"))

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.label_writer import full_frame_labels, write_nifti_labels
-from discovr_monai.data.masks import read_masks, window_masks
-from discovr_monai.data.sector import prepare_cine
-from discovr_monai.notice import NOTICE
-from discovr_monai.types import Cine, CineError
+from discovr_monai.base.notice import NOTICE
+from discovr_monai.base.types import Cine, CineError
+from discovr_monai.data.read.cine import read_cine
+from discovr_monai.data.read.masks import read_masks, window_masks
+from discovr_monai.data.read.sector import prepare_cine
+from discovr_monai.data.write.labels import full_frame_labels, write_nifti_labels
 from tests.data.conftest import moving_blob
 
 REAL = Path(pydicom.examples.get_path("ybr_color"))

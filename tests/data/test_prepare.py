@@ -16,13 +16,13 @@ import numpy as np
 import pydicom
 import pytest
 
+from discovr_monai.base.types import CineError
 from discovr_monai.cli import main
-from discovr_monai.data.datalist import load_datalist
-from discovr_monai.data.phantom_layouts import write_layout
-from discovr_monai.data.prepare import prepare, reidentify
-from discovr_monai.data.shards import pack
-from discovr_monai.data.transforms import LoadCined, SampleClipd
-from discovr_monai.types import CineError
+from discovr_monai.data.archive.prepare import prepare, reidentify
+from discovr_monai.data.archive.shards import pack
+from discovr_monai.data.clips.transforms import LoadCined, SampleClipd
+from discovr_monai.data.lists.scan import load_datalist
+from discovr_monai.phantom.layouts import write_layout
 
 SECRETS = ("DOE", "JANE", "MRN", "case 1", "IM0000", "HOSPITAL")
 
@@ -171,7 +171,7 @@ def test_senseless_folders(archive, tmp_path):
 
 KILLED = """
 import sys
-from discovr_monai.data.prepare import prepare
+from discovr_monai.data.archive.prepare import prepare
 if __name__ == "__main__":
     prepare(sys.argv[1], sys.argv[2], salt_file=sys.argv[3], dicom=True, workers=2, progress=False)
 """
@@ -267,8 +267,8 @@ def test_the_commands(archive, tmp_path, capsys, monkeypatch):
 
 
 def test_links_out_of_the_folder_are_refused(tmp_path, salt):
-    from discovr_monai.data.catalogue import build_datalist
-    from discovr_monai.data.datalist import scan_folder
+    from discovr_monai.data.lists.catalogue import build_datalist
+    from discovr_monai.data.lists.scan import scan_folder
 
     secret = write_layout("csv-list", tmp_path / "secret", patients=4) / "clips"
     folder = tmp_path / "data"

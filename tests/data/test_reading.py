@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from discovr_monai.data.cine import read_cine
-from discovr_monai.types import CineError
+from discovr_monai.base.types import CineError
+from discovr_monai.data.read.cine import read_cine
 from tests.data.conftest import moving_blob, write_dicom, write_video
 
 REAL = pydicom.examples.get_path("ybr_color")

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from monai.transforms import Compose
 
-from discovr_monai.data.dataset import ClipDataset, EpochSampler, SharedBatches
-from discovr_monai.data.transforms import RandScaleCropd, SampleClipd, clip_indices
-from discovr_monai.types import CineError
+from discovr_monai.base.types import CineError
+from discovr_monai.data.clips.dataset import ClipDataset, EpochSampler, SharedBatches
+from discovr_monai.data.clips.transforms import RandScaleCropd, SampleClipd, clip_indices
 
 
 @given(

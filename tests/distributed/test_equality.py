@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from discovr_monai.weights import read_checkpoint
+from discovr_monai.weights.files import read_checkpoint
 from tests.commands import run_module
 from tests.conftest import WIDTH
 

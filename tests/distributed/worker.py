@@ -12,13 +12,14 @@ import torch
 from ignite.engine import Events
 from torch.utils.data import DataLoader
 
-from discovr_monai.data.dataset import ClipDataset, EpochSampler
-from discovr_monai.distributed import rank, shut_down, start, world_size
+from discovr_monai.base.distributed import rank, shut_down, start, world_size
+from discovr_monai.data.clips.dataset import ClipDataset, EpochSampler
+from discovr_monai.data.clips.normalise import PrepareClip
 from discovr_monai.networks.discovr import Discovr
 from discovr_monai.networks.heads import ProjectionHead
 from discovr_monai.networks.parallel import parallel
 from discovr_monai.training.checkpoint import Checkpoints
-from discovr_monai.training.optim import PrepareClip, parameter_groups
+from discovr_monai.training.optim import parameter_groups
 from discovr_monai.training.trainer import DiscovrTrainer, unwrap
 from tests.conftest import OUTPUTS, WIDTH, tiny_network
 from tests.training.test_trainer import add_clip, rows, trainer

@@ -10,7 +10,7 @@ import torch
 
 from discovr_monai.networks.discovr import Discovr
 from discovr_monai.networks.vit import VisionTransformer
-from discovr_monai.weights import FORMAT, describe_encoders
+from discovr_monai.weights.files import FORMAT, describe_encoders
 
 CLIP = {
     "stride": 3, "duration": None, "pad_mode": "loop", "default_fps": None,
@@ -44,7 +44,7 @@ def deal(rows: list[dict]) -> dict[str, list[dict]]:
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory):
     """A phantom folder whose datalist has both classes in every section."""
-    from discovr_monai.data.phantom import write_phantom_dataset
+    from discovr_monai.phantom.dataset import write_phantom_dataset
 
     folder = tmp_path_factory.mktemp("labelled") / "phantom"
     write_phantom_dataset(

@@ -9,22 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.metrics import compute_dice
 
-from discovr_monai.data.datalist import Datalist, load_datalist
-from discovr_monai.data.masks import read_masks, window_masks
-from discovr_monai.data.transforms import LoadCined
-from discovr_monai.evaluation.contours import (
+from discovr_monai.base.types import CineError
+from discovr_monai.data.clips.transforms import LoadCined
+from discovr_monai.data.lists.datalist import Datalist
+from discovr_monai.data.lists.scan import load_datalist
+from discovr_monai.data.read.masks import read_masks, window_masks
+from discovr_monai.evaluation.features.encoders import EvaluatedEncoder
+from discovr_monai.evaluation.heads.contours import (
     dice,
     ejection_fraction,
     grid_ceiling,
     largest_component,
     simpson_volume,
 )
-from discovr_monai.evaluation.encoders import EvaluatedEncoder
-from discovr_monai.evaluation.results import Results
-from discovr_monai.evaluation.segmentation import Segmentation
-from discovr_monai.evaluation.segmentation_report import frame_figures
-from discovr_monai.evaluation.segmenter import SegmentationHead, cover, frames_around
-from discovr_monai.types import CineError
+from discovr_monai.evaluation.heads.segmenter import SegmentationHead, cover, frames_around
+from discovr_monai.evaluation.report.results import Results
+from discovr_monai.evaluation.report.segmentation_report import frame_figures
+from discovr_monai.evaluation.tasks.segmentation import Segmentation
 from tests.evaluation.conftest import write_checkpoint
 
 
@@ -76,7 +77,7 @@ def test_simpson_uses_the_largest_part_only():
 
 
 def test_simpson_agrees_with_the_label_of_a_phantom():
-    from discovr_monai.data.phantom import simulate_cine
+    from discovr_monai.phantom.dataset import simulate_cine
 
     cine = simulate_cine(5, num_frames=48, population="adult", kind="normal")
     volumes = [simpson_volume(cine.masks[f] == 1, (1, 1)) for f in (cine.ed_frame, cine.es_frame)]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from discovr_monai.evaluation.statistics import (
+from discovr_monai.evaluation.report.statistics import (
     auroc,
     average_precision,
     best_threshold,

@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from discovr_monai.data.datalist import load_datalist
-from discovr_monai.data.transforms import LoadCined
-from discovr_monai.evaluation.anomaly import Anomaly, anomaly_scores
-from discovr_monai.evaluation.encoders import EvaluatedEncoder
-from discovr_monai.evaluation.features import (
+from discovr_monai.data.clips.transforms import LoadCined
+from discovr_monai.data.lists.scan import load_datalist
+from discovr_monai.evaluation.features.encoders import EvaluatedEncoder
+from discovr_monai.evaluation.features.extract import (
     Features,
     Section,
     check_splits,
     subset_by_patient,
 )
-from discovr_monai.evaluation.knn import KNN, knn_scores
-from discovr_monai.evaluation.lvef import LVEF
-from discovr_monai.evaluation.nearest import telling_cases
-from discovr_monai.evaluation.probe import AttentiveHead, LinearProbe, fit_logistic
-from discovr_monai.evaluation.results import Results
-from discovr_monai.weights import CheckpointError
+from discovr_monai.evaluation.report.nearest import telling_cases
+from discovr_monai.evaluation.report.results import Results
+from discovr_monai.evaluation.tasks.anomaly import Anomaly, anomaly_scores
+from discovr_monai.evaluation.tasks.knn import KNN, knn_scores
+from discovr_monai.evaluation.tasks.linear_probe import AttentiveHead, LinearProbe, fit_logistic
+from discovr_monai.evaluation.tasks.lvef import LVEF
+from discovr_monai.weights.files import CheckpointError
 from tests.evaluation.conftest import write_checkpoint
 
 CLASSES = ["normal", "abnormal"]
@@ -194,7 +194,7 @@ def test_a_class_on_later_rows_only_is_kept_and_has_its_column():
 def test_a_diverged_training_is_no_result():
     from torch.utils.data import DataLoader, TensorDataset
 
-    from discovr_monai.evaluation.fitting import fit
+    from discovr_monai.evaluation.heads.fitting import fit
 
     head = torch.nn.Linear(2, 1)
     data = TensorDataset(torch.full((4, 2), torch.inf), torch.zeros(4, 1))
@@ -351,7 +351,7 @@ def test_every_branch_gives_features_and_tokens(real, branch):
 
 
 def test_motion_is_the_deviation_over_time_by_place():
-    from discovr_monai.evaluation.encoders import pool_tokens
+    from discovr_monai.evaluation.features.encoders import pool_tokens
 
     tokens = torch.zeros(2, 3, 8, 8, 5)  # (B, t, h, w, d)
     tokens += torch.randn(2, 1, 8, 8, 5)  # what stands still
@@ -370,7 +370,7 @@ def test_motion_is_the_deviation_over_time_by_place():
 
 @pytest.mark.parametrize("pooling", ["cls", "both", "motion"])
 def test_an_ef_can_be_fine_tuned_from_any_pooling(real, pooling):
-    from discovr_monai.evaluation.lvef import Regressor
+    from discovr_monai.evaluation.tasks.lvef import Regressor
 
     encoder = real().encoder.module
     network = Regressor(encoder, 1, pooling, 55.0, 12.0, layer_decay=0.75, weight_decay=0.0)
@@ -381,7 +381,7 @@ def test_an_ef_can_be_fine_tuned_from_any_pooling(real, pooling):
 
 
 def test_temporal_std_sees_motion_and_the_mean_frame_does_not():
-    from discovr_monai.evaluation.encoders import SimpleFeatures
+    from discovr_monai.evaluation.features.encoders import SimpleFeatures
 
     like = {"patch_size": 8, "image_size": 32, "num_frames": 4, "tubelet_size": 2}
     still = torch.zeros(1, 3, 4, 32, 32)
@@ -418,7 +418,7 @@ def test_a_checkpoint_of_another_shape(checkpoint):
 def test_no_image_branch(tmp_path):
     from discovr_monai.networks.discovr import Discovr
     from discovr_monai.networks.vit import VisionTransformer
-    from discovr_monai.weights import describe_encoders
+    from discovr_monai.weights.files import describe_encoders
     from tests.evaluation.conftest import CLIP, SIZES
 
     network = Discovr(video=VisionTransformer(num_frames=4, tubelet_size=2, **SIZES))

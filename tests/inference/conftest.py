@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from monai.data import Dataset
 
-from discovr_monai.data.datalist import load_datalist
-from discovr_monai.data.transforms import LoadCined
-from discovr_monai.evaluation.encoders import EvaluatedEncoder
-from discovr_monai.evaluation.features import Features
-from discovr_monai.evaluation.heads import bundle_heads
-from discovr_monai.evaluation.lvef import LVEF
-from discovr_monai.evaluation.results import Results
-from discovr_monai.evaluation.segmentation import Segmentation
-from discovr_monai.inference.archive import ArchiveInference
+from discovr_monai.data.clips.transforms import LoadCined
+from discovr_monai.data.lists.scan import load_datalist
+from discovr_monai.evaluation.features.encoders import EvaluatedEncoder
+from discovr_monai.evaluation.features.extract import Features
+from discovr_monai.evaluation.heads.saved import bundle_heads
+from discovr_monai.evaluation.report.results import Results
+from discovr_monai.evaluation.tasks.lvef import LVEF
+from discovr_monai.evaluation.tasks.segmentation import Segmentation
+from discovr_monai.inference.job import ArchiveInference
 from discovr_monai.inference.model import EchoModel, load_model
 from discovr_monai.inference.plan import find_cines
 from discovr_monai.inference.reading import CineReader

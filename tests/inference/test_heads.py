@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from discovr_monai.data.transforms import LoadCined
-from discovr_monai.evaluation.heads import (
+from discovr_monai.data.clips.transforms import LoadCined
+from discovr_monai.evaluation.heads.saved import (
     Familiarity,
     bundle_heads,
     read_head,
     views_of,
     write_head,
 )
-from discovr_monai.evaluation.segmenter import SegmentationHead
+from discovr_monai.evaluation.heads.segmenter import SegmentationHead
 from discovr_monai.inference.findings import Analyst
 from discovr_monai.inference.model import load_model
 from discovr_monai.inference.plan import find_cines
 from discovr_monai.inference.reading import CineReader
-from discovr_monai.weights import CheckpointError
+from discovr_monai.weights.files import CheckpointError
 from tests.evaluation.conftest import write_checkpoint
 
 
@@ -44,7 +44,7 @@ def test_the_head_is_the_probe(model_file, model, labelled, heads):
         for r in csv.DictReader((heads[0].parent / "lvef" / "predictions.csv").open())
         if r["method"] == "ridge"
     }
-    from discovr_monai.data.privacy import load_salt, salted_id
+    from discovr_monai.base.privacy import load_salt, salted_id
 
     root, rows = find_cines(labelled, None, "test")
     reader = CineReader(LoadCined(root=root, size=32), 4, model.about["clip"], 3, 0.5)
@@ -127,7 +127,7 @@ def test_a_head_of_another_checkpoint_is_refused(heads, tmp_path, checkpoint):
 
 
 def test_a_head_of_the_image_student_keeps_its_encoder(checkpoint, tmp_path):
-    from discovr_monai.evaluation.encoders import EvaluatedEncoder
+    from discovr_monai.evaluation.features.encoders import EvaluatedEncoder
 
     encoder = EvaluatedEncoder(checkpoint, "image_student")
     about = {"kind": "segmentation", "checkpoint": encoder.sha256, "branch": "image_student",
@@ -171,7 +171,7 @@ def test_the_file_is_the_networks_plain_state_dict(model_file, model):
 
 
 def test_the_model_file_serves_every_evaluation(model_file):
-    from discovr_monai.evaluation.encoders import EvaluatedEncoder
+    from discovr_monai.evaluation.features.encoders import EvaluatedEncoder
 
     clip = torch.randn(1, 3, 4, 32, 32)
     for branch in ("video_teacher", "image_teacher"):

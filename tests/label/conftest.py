@@ -19,10 +19,10 @@ import nibabel
 import numpy as np
 import pytest
 
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.dicom_writer import write_dicom
-from discovr_monai.data.phantom import write_phantom_dataset
-from discovr_monai.data.phantom_screen import PhantomScreen, simulate_screen
+from discovr_monai.data.read.cine import read_cine
+from discovr_monai.data.write.dicom import write_dicom
+from discovr_monai.phantom.dataset import write_phantom_dataset
+from discovr_monai.phantom.screen import PhantomScreen, simulate_screen
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "bundles" / "discovr" / "models" / "model.pt"

@@ -8,11 +8,11 @@ import nibabel
 import numpy as np
 import torch
 
-from discovr_monai.evaluation.heads import Familiarity
-from discovr_monai.evaluation.segmenter import SegmentationHead
+from discovr_monai.base.types import DatalistRow
+from discovr_monai.evaluation.heads.saved import Familiarity
+from discovr_monai.evaluation.heads.segmenter import SegmentationHead
 from discovr_monai.networks.vit import VisionTransformer
-from discovr_monai.types import DatalistRow
-from discovr_monai.weights import DESCRIPTION, describe
+from discovr_monai.weights.files import DESCRIPTION, describe
 
 CLIP = {
     "stride": 2, "duration": None, "pad_mode": "loop", "default_fps": None,

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from types import ModuleType
 
-import discovr_monai.label.standins  # noqa: F401
+import discovr_monai.label.server.standins  # noqa: F401
 
 
 def leave_out() -> None:
@@ -47,11 +47,11 @@ def main(work: Path) -> None:
     from monailabel.endpoints import datastore
     from monailabel.interfaces.utils.app import apps
 
-    from discovr_monai.label.datastore import CineDatastore
-    from discovr_monai.label.guard import Guard
-    from discovr_monai.label.routes import DATASTORE, build
-    from discovr_monai.label.server import run
-    from discovr_monai.label.studies import Studies
+    from discovr_monai.label.archive.datastore import CineDatastore
+    from discovr_monai.label.archive.studies import Studies
+    from discovr_monai.label.server.guard import Guard
+    from discovr_monai.label.server.routes import DATASTORE, build
+    from discovr_monai.label.server.start import run
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     for _ in sys.stdin:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
-from discovr_monai.label.acquisition import STRATEGIES, choose, farthest, mean_entropy
+from discovr_monai.label.learn.acquisition import STRATEGIES, choose, farthest, mean_entropy
 
 
 @settings(max_examples=60, deadline=None)

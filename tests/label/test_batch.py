@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (make label)")
 
-from discovr_monai.label.batch import CineBatch
-from discovr_monai.label.datastore import CineDatastore
-from discovr_monai.label.infer import CineAnalyst
-from discovr_monai.types import CineError
+from discovr_monai.base.types import CineError
+from discovr_monai.label.archive.datastore import CineDatastore
+from discovr_monai.label.server.batch import CineBatch
+from discovr_monai.label.server.infer import CineAnalyst
 
 SHAPE = (20, 20, 6)
 

@@ -19,21 +19,21 @@ import pydicom
 import pytest
 
 from discovr_monai.cli import main
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.dicom_writer import write_dicom
-from discovr_monai.data.label_capture import draw_outlines
-from discovr_monai.data.label_dicom import STILLS
-from discovr_monai.data.label_writer import write_nifti_labels
-from discovr_monai.label import studies as studies_module
-from discovr_monai.label.studies import Studies, export_labels, told_structures
+from discovr_monai.data.read.cine import read_cine
+from discovr_monai.data.write.capture import draw_outlines
+from discovr_monai.data.write.dicom import write_dicom
+from discovr_monai.data.write.labels import write_nifti_labels
+from discovr_monai.data.write.segmentation import STILLS
+from discovr_monai.label.archive import studies as studies_module
+from discovr_monai.label.archive.studies import Studies, export_labels, told_structures
 from tests.data.conftest import moving_blob
 from tests.data.test_label_dicom import complaints, disagreements, segments
 from tests.label.conftest import MODEL, NAME
 from tests.label.test_studies import here
 
 pytest.importorskip("dicomweb_client", reason="dicomweb-client is not installed (make label)")
-from discovr_monai.label import dicomweb
-from discovr_monai.label.dicomweb import ArchiveError, pull, push
+from discovr_monai.label.archive import dicomweb
+from discovr_monai.label.archive.dicomweb import ArchiveError, pull, push
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 REAL = Path(pydicom.examples.get_path("ybr_color"))  # JPEG, of another patient

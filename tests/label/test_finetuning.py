@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from discovr_monai.data.transforms import LoadCined
-from discovr_monai.label import finetuning
-from discovr_monai.label.finetuning import Settings, deal, finetune
-from discovr_monai.label.versions import Versions
-from discovr_monai.weights import CheckpointError, read_checkpoint
+from discovr_monai.data.clips.transforms import LoadCined
+from discovr_monai.label.learn import finetuning
+from discovr_monai.label.learn.finetuning import Settings, deal, finetune
+from discovr_monai.label.learn.versions import Versions
+from discovr_monai.weights.files import CheckpointError, read_checkpoint
 from tests.label.models import write_cines, write_model
 
 QUICK = {"epochs": 12, "lr": 0.05, "batch_size": 8}

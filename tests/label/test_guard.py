@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from discovr_monai.label.guard import Guard, Limits, is_loopback
-from discovr_monai.label.names import check_file, check_id, check_tag
+from discovr_monai.base.privacy import is_loopback
+from discovr_monai.label.archive.identifiers import check_file, check_id, check_tag
+from discovr_monai.label.server.guard import Guard, Limits
 from tests.label.conftest import wait_until
 
 TOKEN = "a token of over sixteen letters"
@@ -229,7 +230,7 @@ def test_the_path_of_a_file_is_left_out():
 @pytest.fixture
 def routes():
     pytest.importorskip("monailabel", reason="MONAI Label is not installed (make label)")
-    from discovr_monai.label import routes
+    from discovr_monai.label.server import routes
 
     return routes
 

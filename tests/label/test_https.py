@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from discovr_monai.cli import main
-from discovr_monai.label.server import TOKEN_VARIABLE
+from discovr_monai.label.server.start import TOKEN_VARIABLE
 from tests.label.conftest import MODEL, start
 
 TOKEN = "a token of more than sixteen letters"

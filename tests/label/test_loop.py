@@ -15,14 +15,14 @@ import nibabel
 import numpy as np
 import pytest
 
-from discovr_monai import tracking
+from discovr_monai.base import tracking
 from discovr_monai.cli import main
-from discovr_monai.data.masks import read_masks
-from discovr_monai.data.phantom import write_phantom_dataset
-from discovr_monai.evaluation.contours import dice
+from discovr_monai.data.read.masks import read_masks
+from discovr_monai.evaluation.heads.contours import dice
+from discovr_monai.phantom.dataset import write_phantom_dataset
+from tests.docs.test_docs_commands import ROOT, commands
 from tests.label.conftest import launch
 from tests.label.models import write_model
-from tests.test_docs_commands import ROOT, commands
 
 CINES = 14
 PAGE = ROOT / "docs" / "tutorials" / "annotate.md"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from discovr_monai.label.plausibility import agreement, plausibility
+from discovr_monai.label.learn.plausibility import agreement, plausibility
 
 
 def disc(radius: float, size: int = 64) -> np.ndarray:

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from discovr_monai.evaluation.contours import dice
-from discovr_monai.evaluation.encoders import Backbone
-from discovr_monai.label.propagation import (
+from discovr_monai.evaluation.features.encoders import Backbone
+from discovr_monai.evaluation.heads.contours import dice
+from discovr_monai.label.learn.propagation import (
     frame_features,
     labels_of,
     mixture,
@@ -172,7 +172,7 @@ def test_features_are_of_the_clip_that_has_the_frame_in_its_middle(length):
 
 def test_flow_of_scikit_image():
     pytest.importorskip("skimage", reason="scikit-image comes with the label extra")
-    from discovr_monai.label.propagation import lucas_kanade
+    from discovr_monai.label.learn.propagation import lucas_kanade
 
     noise = torch.nn.functional.avg_pool2d(torch.rand(1, 1, 68, 68), 5, 1)[0, 0].numpy()
     found = lucas_kanade(noise[:60, :60], np.roll(noise, 1, 0)[:60, :60])

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from discovr_monai.data.transforms import LoadCined
+from discovr_monai.base.notice import NOTICE
+from discovr_monai.data.clips.transforms import LoadCined
 from discovr_monai.inference.findings import Analyst
 from discovr_monai.inference.model import load_model
 from discovr_monai.inference.reading import CineReader
-from discovr_monai.label import server as module
-from discovr_monai.label.guard import Guard
-from discovr_monai.label.studies import export_labels
-from discovr_monai.notice import NOTICE
+from discovr_monai.label.archive.studies import export_labels
+from discovr_monai.label.server import start as module
+from discovr_monai.label.server.guard import Guard
 from tests.label.conftest import MODEL
 
 SEGMENT = "/infer/discovr_segmentation"

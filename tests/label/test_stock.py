@@ -19,17 +19,17 @@ import pytest
 import torch
 import yaml
 
+from discovr_monai.base.notice import NOTICE
 from discovr_monai.cli import main
-from discovr_monai.data.cine import read_cine
-from discovr_monai.data.label_writer import full_frame_labels
-from discovr_monai.data.transforms import LoadCined
+from discovr_monai.data.clips.transforms import LoadCined
+from discovr_monai.data.read.cine import read_cine
+from discovr_monai.data.write.labels import full_frame_labels
 from discovr_monai.inference.findings import Analyst
 from discovr_monai.inference.model import load_model
 from discovr_monai.inference.reading import CineReader
-from discovr_monai.label.studies import presented
-from discovr_monai.notice import NOTICE
+from discovr_monai.label.archive.studies import presented
+from tests.docs.test_docs_commands import commands
 from tests.label.conftest import MODEL, ROOT, Running, wait_until
-from tests.test_docs_commands import commands
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def stock(archive, tmp_path_factory):
     (folder / "studies" / "one.nii.gz").write_bytes(content)
     page = commands(ROOT / "docs" / "annotation.md")
     (make,) = (words for words in page if words[:2] == ["discovr-monai", "label-bundle"])
-    (command,) = (words for words in page if "discovr_monai.label.stock" in words)
+    (command,) = (words for words in page if "discovr_monai.label.server.stock" in words)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with (folder / "said").open("w") as said, pytest.MonkeyPatch.context() as printed:
@@ -114,7 +114,7 @@ def test_the_folder_is_a_bundle(stock):
 
 
 def test_weights_that_do_not_fit_are_refused():
-    from discovr_monai.label.stock import CineSegmenter
+    from discovr_monai.label.server.stock import CineSegmenter
 
     network = CineSegmenter(load_model(MODEL).about)
     with pytest.raises(RuntimeError, match="Missing key"):

@@ -15,15 +15,16 @@ import torch
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (make label)")
 
-from discovr_monai.data.transforms import LoadCined
+from discovr_monai.base.types import CineError
+from discovr_monai.data.clips.transforms import LoadCined
 from discovr_monai.inference.findings import Analyst
 from discovr_monai.inference.model import load_model
 from discovr_monai.inference.reading import CineReader
-from discovr_monai.label import propagation, tasks
-from discovr_monai.label.routes import task_keys
-from discovr_monai.label.scoring import scorings
-from discovr_monai.label.versions import Versions
-from discovr_monai.types import CineError
+from discovr_monai.label.learn import propagation
+from discovr_monai.label.learn.versions import Versions
+from discovr_monai.label.server import tasks
+from discovr_monai.label.server.routes import task_keys
+from discovr_monai.label.server.scoring import scorings
 from tests.label.models import write_cines, write_model
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from discovr_monai.files import save_atomic
-from discovr_monai.label.versions import Versions, better
-from discovr_monai.weights import CheckpointError
+from discovr_monai.base.files import save_atomic
+from discovr_monai.label.learn.versions import Versions, better
+from discovr_monai.weights.files import CheckpointError
 from tests.label.models import write_model
 
 
@@ -107,7 +107,7 @@ def test_killed_amid_the_pointer_the_old_one_serves(versions, base):
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {sys.path!r}
-from discovr_monai.label.versions import Versions
+from discovr_monai.label.learn.versions import Versions
 versions = Versions({str(versions.folder)!r})
 Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 versions.promote({number})

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from discovr_monai.base.schedules import LinearRamp
+from discovr_monai.base.types import DiscovrOutput
 from discovr_monai.losses import cross_entropy
 from discovr_monai.losses.clustering import ClusterDistillation
 from discovr_monai.losses.cross_entropy import soft_cross_entropy
@@ -12,8 +14,6 @@ from discovr_monai.losses.distillation import SelfDistillation
 from discovr_monai.losses.objective import Objective
 from discovr_monai.losses.reconstruction import PixelReconstruction
 from discovr_monai.losses.sinkhorn import sinkhorn
-from discovr_monai.schedules import LinearRamp
-from discovr_monai.types import DiscovrOutput
 from tests.conftest import tiny_objective
 from tests.networks.test_discovr import masks_for
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from discovr_monai.masking import TubeMasking, token_masks
 from discovr_monai.networks.ema import ema_update, make_teacher
+from discovr_monai.networks.masking import TubeMasking, token_masks
 from tests.conftest import tiny_encoder, tiny_network, tiny_objective
 
 
@@ -107,7 +107,7 @@ def test_a_place_of_the_target_is_where_the_frame_changed(clip):
 
 
 def _blank():
-    from discovr_monai.types import DiscovrOutput
+    from discovr_monai.base.types import DiscovrOutput
 
     return DiscovrOutput()
 

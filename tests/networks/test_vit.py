@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from discovr_monai.masking import tube_masks, visible_indices
 from discovr_monai.networks import vit as vit_module
 from discovr_monai.networks.heads import Decoder
+from discovr_monai.networks.masking import tube_masks, visible_indices
 from discovr_monai.networks.vit import SHORT, VisionTransformer, attend, sincos_positions
 from tests.conftest import tiny_encoder
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from discovr_monai.weights import build_from_released, rename_released
+from discovr_monai.weights.files import build_from_released, rename_released
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT.parent / "shared" / "parity" / "reference_tiny.npz"

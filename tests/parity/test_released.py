@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from discovr_monai.convert import convert
-from discovr_monai.evaluation.encoders import EvaluatedEncoder
-from discovr_monai.foreign.positions import Wanted
+from discovr_monai.evaluation.features.encoders import EvaluatedEncoder
 from discovr_monai.networks.discovr import Discovr
 from discovr_monai.networks.heads import Decoder, ProjectionHead
 from discovr_monai.networks.vit import VisionTransformer
 from discovr_monai.training.initial import start_from
-from discovr_monai.weights import read_checkpoint
+from discovr_monai.weights.convert import convert
+from discovr_monai.weights.files import read_checkpoint
+from discovr_monai.weights.positions import Wanted
 from tests.parity import released
 from tests.parity.test_parity import FILE, ROOT, present
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from ignite.engine import Events
 
-from discovr_monai.files import save_atomic
+from discovr_monai.base.files import save_atomic
 from discovr_monai.training.checkpoint import Checkpoints, random_states, set_random_states
-from discovr_monai.weights import CheckpointError, read_checkpoint
+from discovr_monai.weights.files import CheckpointError, read_checkpoint
 from tests.conftest import tiny_network
 from tests.training.test_trainer import rows, same_state, trainer
 

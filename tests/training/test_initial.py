@@ -6,20 +6,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from discovr_monai.convert import convert
-from discovr_monai.foreign.positions import Wanted
 from discovr_monai.losses.objective import Objective
 from discovr_monai.losses.reconstruction import PixelReconstruction
 from discovr_monai.networks.discovr import Discovr
 from discovr_monai.networks.heads import Decoder, ProjectionHead
 from discovr_monai.training.checkpoint import Checkpoints
 from discovr_monai.training.initial import start_from
-from discovr_monai.weights import CheckpointError, describe_encoders, read_checkpoint
+from discovr_monai.weights.convert import convert
+from discovr_monai.weights.files import CheckpointError, describe_encoders, read_checkpoint
+from discovr_monai.weights.positions import Wanted
 from tests.conftest import tiny_encoder, tiny_network
 from tests.evaluation.conftest import CLIP
 from tests.parity import released
-from tests.test_weights import write_ours
 from tests.training.test_trainer import trainer
+from tests.weights.test_weights import write_ours
 
 
 def image_encoder(**options):

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from discovr_monai.data.dataset import ClipDataset, EpochSampler
+from discovr_monai.base.schedules import CosineRamp, WarmupCosine
+from discovr_monai.data.clips.dataset import ClipDataset, EpochSampler
+from discovr_monai.data.clips.normalise import PrepareClip
 from discovr_monai.losses.distillation import SelfDistillation
 from discovr_monai.losses.objective import Objective
-from discovr_monai.masking import TubeMasking
 from discovr_monai.networks import discovr as discovr_module
 from discovr_monai.networks.early import early_backward
-from discovr_monai.schedules import CosineRamp, WarmupCosine
+from discovr_monai.networks.masking import TubeMasking
 from discovr_monai.training.checkpoint import Checkpoints
 from discovr_monai.training.handlers import CollapseWatch, EpochMeans
-from discovr_monai.training.optim import PrepareClip, parameter_groups
+from discovr_monai.training.optim import parameter_groups
 from discovr_monai.training.trainer import DiscovrTrainer
 from tests.conftest import tiny_network, tiny_objective
 

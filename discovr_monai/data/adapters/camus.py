@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from discovr_monai.base.tables import number
+from discovr_monai.base.types import CineError, DatalistRow
 from discovr_monai.data.adapters.layout import missing, percent, read_cfg, relative, split_name
-from discovr_monai.data.tables import number
-from discovr_monai.types import CineError, DatalistRow
 
 TITLE = "CAMUS"
 LICENCE = "CC BY-NC-SA 4.0"

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from discovr_monai.base.types import CineError, DatalistRow
 from discovr_monai.data.adapters.layout import missing, relative
-from discovr_monai.types import CineError, DatalistRow
 
 TITLE = "CardiacUDA"
 LICENCE = "Kaggle xiaoweixumedicalai/cardiacudc-dataset: research use"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from discovr_monai.base.tables import number, read_table
+from discovr_monai.base.types import CineError, DatalistRow
 from discovr_monai.data.adapters.layout import missing, relative, split_name
-from discovr_monai.data.tables import number, read_table
-from discovr_monai.types import CineError, DatalistRow
 
 TITLE = "CSV of Path,class"
 LICENCE = "yours"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from discovr_monai.base.tables import number, read_table
+from discovr_monai.base.types import CineError, DatalistRow
 from discovr_monai.data.adapters.layout import (
     files_by_stem,
     find_folder,
@@ -14,8 +16,6 @@ from discovr_monai.data.adapters.layout import (
     relative,
     split_name,
 )
-from discovr_monai.data.tables import number, read_table
-from discovr_monai.types import CineError, DatalistRow
 
 TITLE = "EchoNet-LVH"
 LICENCE = "Stanford University Dataset Research Use Agreement: not to be redistributed"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from discovr_monai.base.tables import number, read_table
+from discovr_monai.base.types import CineError, DatalistRow
 from discovr_monai.data.adapters.echonet_dynamic import TRACINGS, add_tracing
 from discovr_monai.data.adapters.layout import (
     files_by_stem,
@@ -13,9 +15,7 @@ from discovr_monai.data.adapters.layout import (
     percent,
     relative,
 )
-from discovr_monai.data.masks import clip_key, read_tracings
-from discovr_monai.data.tables import number, read_table
-from discovr_monai.types import CineError, DatalistRow
+from discovr_monai.data.read.masks import clip_key, read_tracings
 
 TITLE = "EchoNet-Pediatric"
 LICENCE = "Stanford University Dataset Research Use Agreement: not to be redistributed"

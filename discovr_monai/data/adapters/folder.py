@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from discovr_monai.data.cine import known_name
-from discovr_monai.data.datalist import patient_of, walk
-from discovr_monai.types import CineError, DatalistRow
+from discovr_monai.base.types import CineError, DatalistRow
+from discovr_monai.data.read.dicom import patient_of
+from discovr_monai.data.read.kinds import known_name, walk
 
 TITLE = "a folder of cines"
 LICENCE = "yours"

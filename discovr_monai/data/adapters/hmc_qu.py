@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from discovr_monai.base.types import CineError, DatalistRow
 from discovr_monai.data.adapters.layout import files_by_stem, missing, relative
-from discovr_monai.types import CineError, DatalistRow
 
 TITLE = "HMC-QU"
 LICENCE = "Kaggle aysendegerli/hmcqu-dataset: research use"

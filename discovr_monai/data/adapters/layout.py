@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from discovr_monai.types import CineError
+from discovr_monai.base.types import CineError
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "training"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from discovr_monai.base.tables import number, read_table
+from discovr_monai.base.types import CineError, DatalistRow
 from discovr_monai.data.adapters.layout import missing, percent, relative
-from discovr_monai.data.tables import number, read_table
-from discovr_monai.types import CineError, DatalistRow
 
 TITLE = "MIMIC-IV-ECHO"
 LICENCE = "PhysioNet Credentialed Health Data License 1.5.0: not to be redistributed"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from discovr_monai.base.tables import number, read_table
+from discovr_monai.base.types import CineError, DatalistRow
 from discovr_monai.data.adapters.layout import (
     files_by_stem,
     find_folder,
@@ -13,8 +15,6 @@ from discovr_monai.data.adapters.layout import (
     relative,
     split_name,
 )
-from discovr_monai.data.tables import number, read_table
-from discovr_monai.types import CineError, DatalistRow
 
 TITLE = "RVENet"
 LICENCE = "Research use after registration; not to be redistributed"

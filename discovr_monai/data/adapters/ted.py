@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from discovr_monai.base.tables import number
+from discovr_monai.base.types import CineError, DatalistRow
 from discovr_monai.data.adapters.camus import header_spacing
 from discovr_monai.data.adapters.layout import missing, percent, read_cfg, relative
-from discovr_monai.data.tables import number
-from discovr_monai.types import CineError, DatalistRow
 
 TITLE = "TED"
 LICENCE = "CC BY-NC-SA 4.0"

@@ -1,0 +1,57 @@
+"""Salted identifiers: the same for the same patient, useless without the user's salt."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+import secrets
+from pathlib import Path
+
+SALT_VARIABLE = "DISCOVR_MONAI_SALT"
+
+
+def load_salt(path: str | Path | None = None) -> bytes:
+    """The user's salt: $DISCOVR_MONAI_SALT, else a private file that is made once.
+
+    Args:
+        path: the file; ``~/.config/discovr-monai/salt`` if None.
+
+    Raises:
+        OSError: if the file can neither be read nor made.
+    """
+    if path is None and (value := os.environ.get(SALT_VARIABLE)):
+        return value.encode()
+    config = Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config"))
+    file = Path(path) if path is not None else config / "discovr-monai" / "salt"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as out:
+            out.write(secrets.token_hex(32))
+        try:
+            os.link(temporary, file)  # atomic, and never replaces another process's salt
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+    return file.read_text().strip().encode()
+
+
+def salted_id(value: str, salt: bytes, length: int = 12) -> str:
+    """HMAC-SHA256 of ``value`` under ``salt``, the first ``length`` hexadecimal digits."""
+    return hmac.new(salt, value.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[
+        :length
+    ]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that is bound to ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,318 @@
+"""A data set's folder to one datalist: rows by adapter, splits by patient, salted ids."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import pkgutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+from discovr_monai.base.privacy import load_salt, salted_id
+from discovr_monai.base.tables import write_table
+from discovr_monai.base.types import CineError, DatalistRow
+from discovr_monai.data import adapters
+from discovr_monai.data.lists.datalist import summary
+from discovr_monai.data.lists.scan import check_all
+from discovr_monai.data.read.kinds import file_below
+from discovr_monai.data.read.loader import CineLoader
+
+FIRST = ("test", "validation", "training", "pretraining")  # who keeps a patient found in two
+
+
+@dataclass
+class Catalogue:
+    """What an adapter found.
+
+    Attributes:
+        name, licence, source: of the data set.
+        sections: "training", "validation", "test", "pretraining" -> rows.
+        set_aside: what could not be used, and why.
+        seen: per image, what the check saw (:func:`discovr_monai.data.lists.scan.look`); empty
+            without a check.
+    """
+
+    name: str
+    licence: str
+    source: str
+    sections: dict[str, list[DatalistRow]]
+    set_aside: list[CineError] = field(default_factory=list)
+    seen: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def write(self, path: str | Path) -> Path | None:
+        """Writes the Decathlon-style JSON, and NAME.set_aside.csv beside it if there is one.
+
+        Returns:
+            The path of the report, None if nothing was set aside.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content: dict[str, Any] = {
+            "name": self.name,
+            "description": f"{self.name} by discovr-monai; patients and studies are salted ids",
+            "licence": self.licence,
+            "reference": self.source,
+            "modality": {"0": "US"},
+            **self.sections,
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(content, indent=1))
+        temporary.replace(path)
+        report = path.with_name(f"{path.stem}.set_aside.csv")
+        if not self.set_aside:
+            report.unlink(missing_ok=True)
+            return None
+        cells = [(e.name, e.kind, e.problem, e.remedy) for e in self.set_aside]
+        write_table(report, ("file", "kind", "reason", "what to do"), cells)
+        return report
+
+    def describe(self) -> str:
+        """One line per section: cines, hours, patients, classes."""
+        lines = []
+        for name, rows in self.sections.items():
+            counts = Counter(r["label"] for r in rows if "label" in r)
+            kinds = {0: "normal", 1: "abnormal"}
+            classes = ", ".join(f"{counts[k]} {kinds.get(k, k)}" for k in sorted(counts))
+            lines.append(f"{name}: {summary(rows)}" + (f"; {classes}" if classes else ""))
+        return "\n".join(lines)
+
+
+def names() -> list[str]:
+    """The adapters' names, as the command line takes them."""
+    found = (m.name for m in pkgutil.iter_modules(adapters.__path__))
+    return sorted(
+        name.replace("_", "-")
+        for name in found
+        if hasattr(import_module(f"{adapters.__name__}.{name}"), "rows")
+    )
+
+
+def adapter(name: str) -> ModuleType:
+    """An adapter's module.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
+    if name not in names():
+        raise ValueError(f"data set {name!r} is unknown; there are {', '.join(names())}")
+    return import_module(f"{adapters.__name__}.{name.replace('-', '_')}")
+
+
+def build_datalist(
+    name: str,
+    root: str | Path,
+    *,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    folds: int | None = None,
+    test_fold: int | None = None,
+    val_fold: int | None = None,
+    seed: int = 0,
+    check: bool = False,
+    workers: int | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Catalogue:
+    """Rows of a data set, its official splits by default.
+
+    A set without splits is split by patient. With ``folds`` (or where the set has its own) the
+    rows of ``test_fold`` (0) are the test section, those of ``val_fold`` (the next one) the
+    validation section. Rows of a patient who is in two sections are set aside from the less
+    precious one (test, validation, training, pretraining). Patients and studies become salted
+    ids.
+
+    Args:
+        name: see :func:`names`.
+        root: the data set's folder.
+        val_fraction, test_fraction: of the patients, where the set has no split.
+        folds: how many to make by patient; None for the set's own, if any.
+        test_fold, val_fold: see above.
+        seed: of the split by patient.
+        check: decode every file once: what cannot be used is set aside, the rest gets
+            "num_frames" and, where the set does not tell, "fps".
+        workers: processes of the check; all cores if None.
+        progress: whether to show bars.
+        options: the adapter's own keys, such as ``threshold`` or ``view``.
+
+    Raises:
+        ValueError: an unknown set or option, nothing found, senseless fractions.
+        FileNotFoundError, NotADirectoryError: not that set's folder.
+    """
+    module, root = adapter(name), Path(root)
+    _check(module, name, root, options, (val_fraction, test_fraction))
+    rows: list[DatalistRow] = []
+    aside: list[CineError] = []
+    listed: set[str] = set()
+    for found in tqdm(module.rows(root, **options), unit="row", disable=not progress):
+        if isinstance(found, CineError):
+            aside.append(found)
+        elif found["image"] in listed:
+            aside.append(CineError(found["image"], "it is listed twice", "The first row is kept"))
+        else:
+            try:
+                file_below(root, found["image"])
+            except CineError as error:
+                aside.append(error)
+                continue
+            listed.add(found["image"])
+            rows.append(found)
+    seen = _look(rows, aside, root, workers, progress) if check else {}
+    if not rows:
+        why = f"; the first file set aside: {aside[0]}" if aside else ""
+        raise ValueError(f"{root.name!r} holds no usable cine of {module.TITLE}{why}")
+    sections = _sections(rows, folds, test_fold, val_fold, val_fraction, test_fraction, seed)
+    sections = _apart(sections, aside)
+    salt = load_salt()
+    for row in (r for section in sections.values() for r in section):
+        row.pop("split", None)
+        for key in ("patient", "study"):
+            if key in row:
+                row[key] = salted_id(f"{key} {row[key]}", salt)  # type: ignore[literal-required]
+    return Catalogue(module.TITLE, module.LICENCE, module.SOURCE, sections, aside, seen)
+
+
+def _look(
+    rows: list[DatalistRow],
+    aside: list[CineError],
+    root: Path,
+    workers: int | None,
+    progress: bool,
+) -> dict[str, dict[str, Any]]:
+    """Decodes all rows; drops the unusable ones from ``rows`` into ``aside``."""
+    seen, loader = {}, CineLoader(root)
+    names = [row["image"] for row in rows]
+    verdicts = dict(check_all(names, loader, b"", workers, not progress))
+    kept = []
+    for row in rows:
+        verdict = verdicts[row["image"]]
+        if "bad" in verdict:
+            kind, problem, remedy = verdict["bad"]
+            aside.append(CineError(row["image"], problem, remedy, kind))
+            continue
+        row["num_frames"] = verdict["row"]["num_frames"]
+        if "fps" not in row and "fps" in verdict["row"]:
+            row["fps"], row["fps_source"] = verdict["row"]["fps"], verdict["row"]["fps_source"]
+        for key in ("ed_frame", "es_frame"):  # a label that the file cannot hold
+            if key in row and int(row[key]) >= row["num_frames"]:  # type: ignore[literal-required]
+                del row[key]  # type: ignore[misc]
+        seen[row["image"]] = verdict["seen"]
+        kept.append(row)
+    rows[:] = kept
+    return seen
+
+
+def _check(
+    module: ModuleType, name: str, root: Path, options: dict[str, Any], shares: tuple[float, float]
+) -> None:
+    if not root.exists():
+        raise FileNotFoundError(f"{root.name!r} does not exist. Give the data set's folder")
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root.name!r} is a file. Give the data set's folder")
+    known = list(inspect.signature(module.rows).parameters)[1:]
+    for key in options:
+        if key not in known:
+            have = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"{name} has no option {key!r}; {have}")
+    if min(shares) < 0 or sum(shares) >= 1:
+        raise ValueError(f"val_fraction {shares[0]} and test_fraction {shares[1]} leave no rest")
+
+
+def _sections(
+    rows: Sequence[DatalistRow],
+    folds: int | None,
+    test_fold: int | None,
+    val_fold: int | None,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> dict[str, list[DatalistRow]]:
+    order = _shuffled({r["patient"] for r in rows}, seed)
+    own = any("fold" in r for r in rows)
+    if folds is not None and not own:
+        if folds < 3:
+            raise ValueError(f"folds {folds}: at least 3 are needed for three sections")
+        place = {patient: i % folds for i, patient in enumerate(order)}
+        for row in rows:
+            row["fold"] = place[row["patient"]]
+    elif folds is None and own:
+        folds = 1 + max(r.get("fold", 0) for r in rows)
+    elif folds is None and (test_fold is not None or val_fold is not None):
+        raise ValueError("this set has no folds of its own: give --folds too")
+    if folds is not None:
+        _split_by_fold(rows, folds, test_fold, val_fold)
+    elif all(r.get("split") == "pretraining" for r in rows):
+        for row in rows:
+            row.pop("split", None)
+    _split_rest([r for r in rows if "split" not in r], val_fraction, test_fraction, seed)
+    if not any(r["split"] == "validation" for r in rows):  # a set without one to tune on
+        _split_rest([r for r in rows if r["split"] == "training"], val_fraction, 0.0, seed)
+    sections: dict[str, list[DatalistRow]] = {"training": [], "validation": []}
+    for row in rows:
+        sections.setdefault(row["split"], []).append(row)
+    return sections
+
+
+def _shuffled(patients: set[str], seed: int) -> list[str]:
+    return sorted(patients, key=lambda p: salted_id(p, str(seed).encode(), 32))
+
+
+def _split_by_fold(
+    rows: Sequence[DatalistRow], folds: int, test_fold: int | None, val_fold: int | None
+) -> None:
+    test = 0 if test_fold is None else test_fold
+    validation = (test + 1) % folds if val_fold is None else val_fold
+    if not (0 <= test < folds and 0 <= validation < folds and test != validation):
+        raise ValueError(
+            f"test_fold {test} and val_fold {validation} must be two of 0 to {folds - 1}"
+        )
+    names = {test: "test", validation: "validation"}
+    for row in rows:
+        row["split"] = names.get(row.get("fold", -1), "training")
+
+
+def _split_rest(
+    rows: Sequence[DatalistRow], val_fraction: float, test_fraction: float, seed: int
+) -> None:
+    order = _shuffled({r["patient"] for r in rows}, seed)
+    enough = len(order) >= 3  # then no section that is asked for stays empty
+    test, validation = (
+        max(round(len(order) * share), int(enough and share > 0))
+        for share in (test_fraction, val_fraction)
+    )
+    names = dict.fromkeys(order[:test], "test")
+    names.update(dict.fromkeys(order[test : test + validation], "validation"))
+    for row in rows:
+        row["split"] = names.get(row["patient"], "training")
+
+
+def _apart(
+    sections: dict[str, list[DatalistRow]], aside: list[CineError]
+) -> dict[str, list[DatalistRow]]:
+    """Leaves each patient in one section only."""
+    kept: dict[str, list[DatalistRow]] = {}
+    owner: dict[str, str] = {}
+    for name in sorted(sections, key=lambda n: FIRST.index(n) if n in FIRST else len(FIRST)):
+        kept[name] = []
+        for row in sections[name]:
+            other = owner.setdefault(row["patient"], name)
+            # pretraining may share patients with training: both are seen in training only
+            if other == name or (other, name) == ("training", "pretraining"):
+                kept[name].append(row)
+            else:
+                aside.append(
+                    CineError(
+                        row["image"],
+                        f"its patient is in section {other!r} too",
+                        "Nothing to do: a patient stays in one section",
+                        "left out",
+                    )
+                )
+    return {name: kept[name] for name in sections if kept[name] or name == "training"}

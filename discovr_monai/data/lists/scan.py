@@ -1,0 +1,216 @@
+"""A folder without a datalist: every file is decoded once, checked and sorted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from discovr_monai.base.distributed import barrier, rank
+from discovr_monai.base.engine import run_isolated
+from discovr_monai.base.files import write_text
+from discovr_monai.base.privacy import load_salt, salted_id
+from discovr_monai.base.tables import shown, write_table
+from discovr_monai.data.lists.datalist import Datalist, load_rows
+from discovr_monai.data.lists.owners import split_by_patient
+from discovr_monai.data.read.dicom import patient_of
+from discovr_monai.data.read.kinds import failure_of, file_below, walk
+from discovr_monai.data.read.loader import CineLoader
+
+
+def load_datalist(
+    dataset_dir: str | Path,
+    datalist: str | Path | None = None,
+    *,
+    loader: CineLoader,
+    output_dir: str | Path,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    workers: int | None = None,
+) -> Datalist:
+    """The rows of a data set, from a datalist JSON or from scanning its folder.
+
+    A datalist is ``datalist``, else ``datalist.json`` in the folder: Decathlon style, paths
+    relative to the folder. Without one, every file is decoded once (into the loader's store);
+    what cannot be used goes to ``bad_files.csv`` in ``output_dir``, the rest is split by patient
+    (by file where the patient is unknown).
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: with what to do.
+    """
+    root = Path(dataset_dir)
+    _check_folder(root)
+    own = root / "datalist.json"
+    if datalist is not None or own.is_file():
+        found = Datalist(load_rows(Path(datalist) if datalist is not None else own, root))
+    else:
+        result: Datalist | None = None
+        if not rank():
+            result = scan_folder(
+                root,
+                loader=loader,
+                output_dir=Path(output_dir),
+                val_fraction=val_fraction,
+                seed=seed,
+                workers=workers,
+            )
+        barrier()
+        if result is None:  # the other ranks read what rank 0 found out
+            result = scan_folder(
+                root,
+                loader=loader,
+                output_dir=Path(output_dir),
+                val_fraction=val_fraction,
+                seed=seed,
+                workers=1,
+                quiet=True,
+            )
+        found = result
+    salt = load_salt()
+    for rows in found.sections.values():
+        for row in rows:
+            row["id"] = salted_id(f"{row['image']}{row.get('first', '')}", salt)
+    return found
+
+
+def _check_folder(root: Path) -> None:
+    hint = "Check --dataset_dir"
+    if not root.exists():
+        raise FileNotFoundError(f"dataset_dir {root.name!r} does not exist. {hint}")
+    if not root.is_dir():
+        raise NotADirectoryError(f"dataset_dir {root.name!r} is a file, not a folder. {hint}")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise PermissionError(f"dataset_dir {root.name!r} may not be read. Change its permissions")
+
+
+def scan_folder(
+    root: Path,
+    *,
+    loader: CineLoader,
+    output_dir: Path,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Datalist:
+    """Decodes every file below ``root`` once and sorts the usable ones into two sections.
+
+    Files known from an earlier scan (same size and time) are not decoded again. Patients are
+    salted ids.
+
+    Raises:
+        ValueError: if the folder is empty or holds nothing usable.
+    """
+    files = sorted(walk(root))
+    if not files:
+        raise ValueError(f"dataset_dir {root.name!r} is empty. Put cines into it")
+    index = output_dir / "scan.json"
+    known = _load_index(index)
+    salt = load_salt()
+    wanted = f"{loader.size}|{loader.sector}|{loader.color}"
+    stamps = {name: [*_stamp(root / name), wanted] for name in files}
+    found = {n: known[n] for n in files if known.get(n, {}).get("stamp") == stamps[n]}
+    todo = [n for n in files if n not in found]
+    for name, verdict in check_all(todo, loader, salt, workers, quiet):
+        verdict.pop("seen", None)
+        found[name] = {**verdict, "stamp": stamps[name]}
+    if found != known:
+        write_text(index, json.dumps(found))
+    rows = [found[n]["row"] for n in files if "row" in found[n]]
+    bad = [(n, *found[n]["bad"]) for n in files if "bad" in found[n]]
+    report = output_dir / "bad_files.csv" if bad else None
+    if report is not None and not quiet:
+        write_table(report, ("file", "kind", "reason", "what to do"), bad)
+        print(f"{len(bad)} of {len(files)} files set aside, reasons in {report.name}")
+    if not rows:
+        raise ValueError(
+            f"dataset_dir {root.name!r} holds no usable cine: all {len(files)} files were set "
+            f"aside, the reasons are in bad_files.csv in the output folder; the first: "
+            f"{shown(bad[0][0])}: {bad[0][2]}"
+        )
+    return Datalist(split_by_patient(rows, val_fraction, seed), len(bad), report)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return (-1, -1)
+    return (stat.st_size, stat.st_mtime_ns)
+
+
+def _load_index(index: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(index.read_text())
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def check_file(name: str, loader: CineLoader, salt: bytes) -> dict[str, Any]:
+    """{"row": ..., "seen": ...} for a usable cine, {"bad": (kind, problem, remedy)} for another.
+
+    "seen" is what a report shows: the file's size, a thumbnail and a perceptual hash.
+    """
+    try:
+        file_below(loader.root, name)
+        found = loader.load(name)
+    except Exception as error:
+        return {"bad": failure_of(error)}
+    row: dict[str, Any] = {"image": name, "num_frames": len(found.frames)}
+    row["patient"] = salted_id(patient_of(loader.root / name) or f"file {name}", salt)
+    if found.fps:
+        row["fps"], row["fps_source"] = found.fps, found.fps_source
+    return {"row": row, "seen": look(found.frames, found.window)}
+
+
+def look(frames: np.ndarray, window: Sequence[int]) -> dict[str, Any]:
+    """A small record of a cine: size of its file's frames, thumbnail, perceptual hash.
+
+    The hash is 128 bits: whether brightness grows from left to right, on an 8 x 9 grid of the
+    first and of the middle frame (dHash).
+    """
+    from PIL import Image
+
+    bits = []
+    for frame in (frames[0], frames[len(frames) // 2]):
+        grey = frame if frame.ndim == 2 else frame[..., 1]
+        small = np.asarray(Image.fromarray(grey).resize((9, 8), Image.Resampling.BOX), np.int16)
+        bits.append((np.diff(small) > 0).ravel())
+    middle = frames[len(frames) // 2]
+    thumbnail = Image.fromarray(middle if middle.ndim == 2 else middle[..., 1]).resize((64, 64))
+    return {
+        "size": (int(window[0]), int(window[1])),
+        "hash": np.packbits(np.concatenate(bits)).tobytes().hex(),
+        "thumbnail": thumbnail.tobytes(),
+    }
+
+
+def check_all(
+    names: Sequence[str],
+    loader: CineLoader,
+    salt: bytes,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, :func:`check_file`'s verdict) of every file, in any order, whatever the files do."""
+    bar = tqdm(desc="reading cines", unit="file", total=len(names), disable=quiet or not names)
+    workers = min(workers or os.cpu_count() or 1, 1 + len(names) // 64)
+    with bar:
+        if workers <= 1:
+            for name in names:
+                yield name, check_file(name, loader, salt)
+                bar.update()
+            return
+        # a LoadCined would make each process import MONAI, seconds before its first file
+        plain = CineLoader(loader.root, loader.store, loader.size, loader.sector, loader.color)
+        check = partial(check_file, loader=plain, salt=salt)
+        for name, verdict, failure in run_isolated(check, names, workers=workers):
+            yield name, verdict if failure is None else {"bad": failure}
+            bar.update()

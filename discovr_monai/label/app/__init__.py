@@ -1,1 +1,0 @@
-"""What MONAI Label loads by its path."""

@@ -1,0 +1,314 @@
+"""The part of MONAI Label's interface that is served: routes and arguments by name, in threads.
+
+MONAI Label's own handlers do the work. They block while they do, so each runs in a thread:
+inferences in a few of their own, so that listing and saving never wait for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import logging
+import math
+import re
+import traceback
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import discovr_monai.label.server.standins  # noqa: F401  before any module of MONAI Label
+
+# isort: split
+from fastapi import APIRouter, FastAPI, HTTPException
+from monailabel.interfaces.exception import (
+    ImageNotFoundException,
+    LabelNotFoundException,
+    MONAILabelException,
+)
+
+from discovr_monai.label.archive.datastore import KNOWN
+from discovr_monai.label.archive.identifiers import check_file, check_id, check_tag
+
+Endpoint = Callable[..., Coroutine[Any, Any, Any]]
+AT_ONCE = 2  # inferences
+logger = logging.getLogger(__name__)
+
+# What is served, by router. Closed: models (upload, download), sessions (archives), proxy, logs,
+# ohif, whole-slide inference, reload, removal, and lists that name places on the server.
+DATASTORE = (
+    ("GET", "/datastore/"),
+    ("PUT", "/datastore/"),  # 3D Slicer's way to send an image
+    ("PUT", "/datastore/image"),
+    ("GET", "/datastore/image"),
+    ("HEAD", "/datastore/image"),
+    ("GET", "/datastore/image/info"),
+    ("PUT", "/datastore/image/info"),
+    ("PUT", "/datastore/label"),
+    ("GET", "/datastore/label"),
+    ("HEAD", "/datastore/label"),
+    ("GET", "/datastore/label/info"),
+    ("PUT", "/datastore/label/info"),
+    ("GET", "/datastore/dataset"),
+)
+TASKS = (
+    ("GET", "/info/"),
+    ("POST", "/infer/{model}"),
+    ("GET", "/batch/infer"),
+    ("POST", "/batch/infer/{model}"),
+    ("DELETE", "/batch/infer"),
+    ("POST", "/activelearning/{strategy}"),
+    ("GET", "/train/"),
+    ("POST", "/train/{model}"),
+    ("DELETE", "/train/"),
+    ("GET", "/scoring/"),
+    ("POST", "/scoring/{method}"),
+    ("DELETE", "/scoring/"),
+)
+
+# ---- arguments -----------------------------------------------------------------------------
+
+# What clients send with everything, and what MONAI Label's own batch inference takes.
+COMMON = {"client_id", "label_info", "result_extension", "result_dtype", "result_compress"}
+BATCH = {"device", "multi_gpu", "gpus", "logging", "save_label", "label_tag", "max_workers",
+         "max_batch_size", "images"}  # fmt: skip
+OWN = {*KNOWN, "strategy", "path", "id", "ts", "name"}  # what clients may not say of an image
+KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+LONGEST, DEEPEST, MOST = 2000, 6, 10_000
+
+
+def check_value(value: Any, depth: int = 0) -> None:
+    """Refuses a value that a config could run or look up, or that names a place.
+
+    Args:
+        value: of JSON.
+
+    Raises:
+        ValueError: for "$..." (run), "@..." and "%..." (looked up), paths, and what is too large.
+    """
+    if depth > DEEPEST:
+        raise ValueError("the parameters are nested too deeply")
+    if isinstance(value, dict):
+        for key, each in value.items():
+            check_value(key, depth + 1)
+            check_value(each, depth + 1)
+    elif isinstance(value, list):
+        if len(value) > MOST:
+            raise ValueError(f"a list of {len(value)} values is too long: {MOST} at most")
+        for each in value:
+            check_value(each, depth + 1)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is no number: it is refused")
+    elif isinstance(value, str):
+        text = value.strip()
+        if len(value) > LONGEST:
+            raise ValueError(f"a text of {len(value)} letters is too long: {LONGEST} at most")
+        if text[:1] in tuple("$@%"):
+            raise ValueError(f"{text[:40]!r} begins like a config's expression: it is refused")
+        place = text[:1] in tuple("/\\~") or re.match(r"[A-Za-z]:[/\\]", text) or "\0" in text
+        if place or ".." in re.split(r"[/\\]", text) or "://" in text:
+            raise ValueError(f"{text[:40]!r} names a place: it is refused")
+
+
+def check_params(params: Any, allowed: set[str] | None) -> None:
+    """Refuses parameters that are no dict of known keys with harmless values.
+
+    Args:
+        params: a dict, or its JSON.
+        allowed: keys; None for any (what is only kept, not acted on).
+
+    Raises:
+        ValueError: naming the key or value.
+    """
+    if isinstance(params, str):
+        params = json.loads(params) if params.strip() else {}
+    if params is None:
+        return
+    if not isinstance(params, dict):
+        raise ValueError("parameters must be a JSON object")
+    for key in params:
+        if not KEY.fullmatch(key) or (allowed is not None and key not in allowed):
+            known = f": this task has {', '.join(sorted(allowed))}" if allowed is not None else ""
+            raise ValueError(f"the parameter {key[:60]!r} is not known{known}")
+    check_value(params)
+
+
+def check_arguments(arguments: Mapping[str, Any], allowed: set[str] | None) -> None:
+    """Refuses what a handler must not be called with.
+
+    Args:
+        arguments: of the handler, by name.
+        allowed: keys of its "params".
+
+    Raises:
+        ValueError: with the argument and what it may be.
+    """
+    for name in ("session_id", "run_sync"):
+        if arguments.get(name):
+            raise ValueError(f"{name} is not served")
+    if getattr(arguments.get("file"), "filename", None) and "model" in arguments:
+        raise ValueError("send the image to /datastore/image first, then infer it by its id")
+    for name in ("file", "label"):
+        if (filename := getattr(arguments.get(name), "filename", None)) is not None:
+            check_file(filename)
+    for name, check in (("image", check_id), ("label", check_id), ("tag", check_tag)):
+        value = arguments.get(name)
+        if isinstance(value, str) and (value or name == "image"):
+            check(value)
+    for name in ("model", "strategy", "method"):
+        if not KEY.fullmatch(str(arguments.get(name, "x"))):
+            raise ValueError(f"there is no {name} {str(arguments[name])[:60]!r}")
+    output = getattr(arguments.get("output"), "value", None)
+    if output in ("train", "dicom_seg"):
+        raise ValueError(f"output {output!r} is not served")
+    check_params(arguments.get("params"), allowed)
+    check_params(arguments.get("info"), None)
+    for name in ("params", "info"):
+        given = arguments.get(name)
+        known = json.loads(given) if isinstance(given, str) and given.strip() else given or {}
+        if allowed is None and (taken := OWN & set(known)):
+            raise ValueError(f"{', '.join(sorted(taken))}: only the server says so")
+
+
+def task_keys(app: Any, path: str, arguments: Mapping[str, Any]) -> set[str] | None:
+    """Parameters that a task takes: what its config names, and what all clients send.
+
+    Args:
+        app: a MONAILabelApp.
+        path: of the route; arguments: of its handler.
+    """
+    kinds = {"/infer/": "_infers", "/batch/": "_infers", "/train/": "_trainers",
+             "/activelearning/": "_strategies", "/scoring/": "_scoring_methods"}  # fmt: skip
+    for start, kind in kinds.items():
+        if path.startswith(start):
+            name = next((arguments[k] for k in ("model", "strategy", "method") if k in arguments),
+                        "")  # fmt: skip
+            task = getattr(app, kind).get(name)
+            if name and task is None:
+                raise ValueError(f"there is no {name!r} here")
+            config = getattr(task, "config", dict)
+            extra = BATCH if start == "/batch/" else set()
+            return COMMON | extra | set(config() if callable(config) else config)
+    return None
+
+
+# ---- answers -------------------------------------------------------------------------------
+
+RESULT = re.compile(r"Result: (.*)")  # what a task came to, the last line that it logs
+SENTENCE = re.compile(r"[\w.]+Error: .*")  # that it ended with
+
+
+def without_places(answer: Any) -> Any:
+    """A task's state without what it logged: its result, or the sentence that it ended with."""
+    if isinstance(answer, list):
+        return [without_places(each) for each in answer]
+    if not isinstance(answer, dict) or "details" not in answer:
+        return answer
+    found = (RESULT.search(line) or SENTENCE.match(line) for line in answer["details"])
+    lines = [f[f.lastindex or 0] for f in found if f]
+    told = [line for line in lines if not re.search(r"(?:^|[\s'\"(=])(?:/|[A-Za-z]:\\)\w", line)]
+    return {**answer, "details": told}
+
+
+# ---- the application -----------------------------------------------------------------------
+
+
+def build(
+    routers: Mapping[str, APIRouter], routes: tuple[tuple[str, str], ...], app: Any
+) -> FastAPI:
+    """Serves some routes of MONAI Label, and nothing else.
+
+    Args:
+        routers: MONAI Label's, whatever they are called.
+        routes: (method, path).
+        app: a MONAILabelApp, for the names of its parameters.
+
+    Raises:
+        RuntimeError: if MONAI Label no longer has one of them.
+    """
+    served = FastAPI(title="DISCOVR", docs_url=None, redoc_url=None, openapi_url=None)
+    served.router.redirect_slashes = False
+    slow = ThreadPoolExecutor(AT_ONCE, "infer")
+    quick = ThreadPoolExecutor(16, "quick")
+    theirs: list[Any] = [route for router in routers.values() for route in router.routes]
+    handlers = {
+        (method, route.path): route.endpoint for route in theirs for method in route.methods
+    }
+    for method, path in routes:
+        if (method, path) not in handlers:
+            raise RuntimeError(f"MONAI Label has no {method} {path}: install monailabel==0.8.5")
+        pool = slow if path.startswith("/infer/") else quick
+        keys = functools.partial(task_keys, app, path)
+        endpoint = threaded(handlers[method, path], pool, keys)
+        served.add_api_route(path, endpoint, methods=[method], response_model=None)
+    return served
+
+
+def threaded(
+    endpoint: Endpoint,
+    pool: ThreadPoolExecutor,
+    keys: Callable[[Mapping[str, Any]], set[str] | None],
+) -> Endpoint:
+    """A handler that checks its arguments, runs in a thread, and says what was wrong.
+
+    Args:
+        endpoint: async, but never waiting for anything: MONAI Label's are all so.
+        pool: where it runs. One that nobody waits for any more runs to its end there.
+        keys: of its "params", by its arguments.
+    """
+
+    @functools.wraps(endpoint)
+    async def handler(**arguments: Any) -> Any:
+        work: Future[Any] | None = None
+        try:
+            check_arguments(arguments, keys(arguments))
+            work = pool.submit(_drive, endpoint, arguments)
+            return await asyncio.wrap_future(work)
+        except asyncio.CancelledError:  # nobody waits any more: it runs to its end
+            if work is not None:
+                work.add_done_callback(lambda _: _tidy(arguments))
+            raise
+        except Exception as error:
+            _tidy(arguments)
+            raise _answer(endpoint, error) from None
+
+    handler.__signature__ = inspect.signature(endpoint)  # type: ignore[attr-defined]
+    return handler
+
+
+def _answer(endpoint: Endpoint, error: Exception) -> HTTPException:
+    """What a client is told of an error."""
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, (ImageNotFoundException, LabelNotFoundException)):
+        return HTTPException(404, str(error.msg))
+    if isinstance(error, MONAILabelException):
+        return HTTPException(400, str(error.msg))
+    if isinstance(error, ValueError):  # ours: a sentence that says what to do
+        return HTTPException(400, str(error))
+    if isinstance(error, TimeoutError):
+        return HTTPException(504, str(error))
+    place = traceback.extract_tb(error.__traceback__)[-1]  # its text may hold a path or a name
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    logger.error("%s failed: %s in %s", endpoint.__name__, type(error).__name__, where)
+    return HTTPException(500, f"the server failed ({type(error).__name__})")
+
+
+def _tidy(arguments: Mapping[str, Any]) -> None:
+    """Removes what a request has sent, which else happens once it is answered."""
+    for task in getattr(arguments.get("background_tasks"), "tasks", ()):
+        task.func(*task.args, **task.kwargs)
+
+
+def _drive(endpoint: Endpoint, arguments: Mapping[str, Any]) -> Any:
+    """Runs a coroutine that waits for nothing."""
+    coroutine = endpoint(**arguments)
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return without_places(done.value)
+    coroutine.close()
+    raise RuntimeError(f"{endpoint.__name__} waits for something: it cannot run in a thread")
