@@ -10,6 +10,7 @@ The last one is what tests/test_oracles.py compares with.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -33,9 +34,14 @@ def expected() -> dict[str, Any]:
 
 
 def everything() -> dict[str, Any]:
-    """:func:`expected`, and the hashes of outputs."""
-    with tempfile.TemporaryDirectory() as folder:
-        return expected() | {"outputs": outputs(Path(folder))}
+    """:func:`expected`, and the hashes of outputs: in one folder always, an output names it."""
+    folder = Path(tempfile.gettempdir()) / "discovr-monai-oracles"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        return expected() | {"outputs": outputs(folder)}
+    finally:
+        shutil.rmtree(folder)
 
 
 def differences(before: Any, after: Any, place: str = "") -> list[str]:

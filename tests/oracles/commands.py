@@ -80,19 +80,18 @@ def outputs(folder: Path) -> dict[str, dict[str, str]]:
     salt = folder / "config" / "discovr-monai" / "salt"
     salt.parent.mkdir(parents=True)
     salt.write_bytes(bytes(range(32)))
-    phantom, dicom = folder / "phantom", folder / "dicom"
+    phantom = folder / "phantom"
     command("phantom", str(phantom), "--clips", "6", "--frames", "24", **private)
-    command("phantom", str(dicom), "--layout", "mimic-iv-echo", **private)
     command("datalist", "echonet-dynamic", str(phantom), "--output", str(folder / "list.json"),
             "--report", str(folder / "report"), **private)  # fmt: skip
-    command("prepare", str(dicom), str(folder / "prepared"), "--dicom", "--workers", "1", **private)
-    for device in ("study",):
-        subprocess.run(
-            [sys.executable, "-m", "monai.bundle", "run", "run", "--config_file",
-             "configs/inference.yaml", "--dataset_dir", str(phantom), "--view", "A4C",
-             "--output_dir", str(folder / device)],
-            cwd=BUNDLE, check=True, capture_output=True, env=os.environ | private,
-        )  # fmt: skip
+    command("prepare", str(phantom), str(folder / "prepared"), "--dicom", "--workers", "1",
+            **private)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "monai.bundle", "run", "run", "--config_file",
+         "configs/inference.yaml", "--dataset_dir", str(phantom), "--view", "A4C",
+         "--output_dir", str(folder / "study")],
+        cwd=BUNDLE, check=True, capture_output=True, env=os.environ | private,
+    )  # fmt: skip
     found = {"phantom": hashes_of(phantom), "report": hashes_of(folder / "report", "pdf$")}
     found["datalist"] = hashes_of(folder, r"^(?!list\.json)")
     found["prepared"] = hashes_of(folder / "prepared")
