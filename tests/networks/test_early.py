@@ -12,8 +12,8 @@ from torch import nn
 
 from discovr_monai.losses.distillation import SelfDistillation
 from discovr_monai.losses.objective import Objective
-from discovr_monai.networks.acceleration import accelerate
 from discovr_monai.networks.early import early_backward
+from discovr_monai.networks.parallel import accelerate
 from tests.conftest import tiny_network, tiny_objective
 from tests.networks.test_discovr import masks_for
 

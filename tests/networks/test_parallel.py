@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from discovr_monai.networks import vit
-from discovr_monai.networks.acceleration import accelerate
+from discovr_monai.networks.parallel import accelerate
 from tests.conftest import tiny_encoder, tiny_network, tiny_objective
 from tests.networks.test_discovr import masks_for
 
@@ -178,7 +178,7 @@ def test_nothing_asked_changes_nothing(network):
 def test_freed_memory_is_used_again():
     code = """
         import resource, sys, torch
-        from discovr_monai.networks.acceleration import accelerate
+        from discovr_monai.networks.parallel import accelerate
         if sys.argv[1] == "kept":
             accelerate(torch.nn.Linear(1, 1))
         faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
