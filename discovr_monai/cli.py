@@ -150,10 +150,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--plain-http", action="store_true", help="unencrypted, even to another machine"
         )
-    stock = commands.add_parser("label-bundle", help="a folder for MONAI Label's own bundle app")
-    stock.add_argument("out", help="new folder: the app, with the model in it")
-    stock.add_argument("--model", metavar="FILE", help="with heads (the bundle's models/model.pt)")
-    stock.add_argument("--view", help="what the cines show: A4C, ...")
     mlflow = commands.add_parser("mlflow", help="MLflow's pages over a store, on this machine")
     mlflow.add_argument("store", nargs="?", default="output/mlruns.db", help="(output/mlruns.db)")
     mlflow.add_argument("--port", type=int, default=5000, help="of the address (5000)")
@@ -418,13 +414,6 @@ def _push(arguments: argparse.Namespace) -> int:
     return 1 if counts["refused"] else 0
 
 
-def _label_bundle(arguments: argparse.Namespace) -> int:
-    from discovr_monai.label.server.stock import write_stock_app
-
-    print(write_stock_app(arguments.out, _model_file(arguments.model), arguments.view))
-    return 0
-
-
 def _model_file(given: str | None) -> Path:
     """The model's file, the bundle's own if none is named."""
     own = Path(__file__).parents[1] / "bundles" / "discovr" / "models" / "model.pt"
@@ -447,7 +436,6 @@ _COMMANDS = {
     "labels": _labels,
     "pull": _pull,
     "push": _push,
-    "label-bundle": _label_bundle,
     "nearest": _nearest,
     "phantom": _phantom,
     "datalist": _datalist,

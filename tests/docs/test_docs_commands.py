@@ -30,7 +30,7 @@ RUN_BY = {
     "configs.md": {"python -m monai.bundle run training": "test_the_tutorials_run_as_they_stand"},
     "performance.md": {
         "make bench": "test_a_quick_run_writes_every_key",
-        "python benchmarks/startup.py": "test_a_start_is_measured_to_its_first_step",
+        "python benchmarks/speed/startup.py": "test_a_start_is_measured_to_its_first_step",
     },
     # checked, not run: they need a cluster
     "scaling.md": {"torchrun": "test_the_pages_commands_are_torchruns_and_the_bundles"},
@@ -55,8 +55,6 @@ RUN_BY = {
         "discovr-monai push": "test_labels_go_into_the_archive",
         "discovr-monai mlflow": "test_the_whole_loop",
         "curl": "test_the_whole_loop",
-        "discovr-monai label-bundle": "test_it_gives_the_contours_and_numbers_of_an_inference",
-        "python -m discovr_monai.label.server.stock": "test_it_gives_the_contours_and_numbers_of_an_inference",
     },
     # pages whose own test has such a table
     "export.md": {"": "test_every_command_of_the_page_is_run_by_a_test"},
