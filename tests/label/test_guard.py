@@ -85,7 +85,7 @@ def test_without_a_token_only_this_machines_names_are_answered():
 def test_pages_of_other_sites_are_refused(token):
     guard, own = Guard(echo, token), {"authorization": f"Bearer {token}"}
     assert ask(guard, origin="http://127.0.0.1:8000", **own)[0] == 200
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:9000"):
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:9000", "http://["):
         status, body = ask(guard, origin=origin, **own)
         assert (status, b"other sites" in body) == (403, True)
     assert ask(guard, sec_fetch_site="cross-site", **own)[0] == 403
