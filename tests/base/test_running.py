@@ -41,7 +41,7 @@ engine.run([None] * 9, max_epochs=1)
     "labels": """
 from discovr_monai.label.learn.runs import TrackedTraining
 with TrackedTraining(store, {}) as run:
-    run.log({"loss": 1.0}, 1)
+    run.log({"loss": 1.0})
     wait()
 """,
     "evaluation": """

@@ -61,7 +61,7 @@ def main(work: Path) -> None:
         Studies(work.parent / "studies", work, b"salt").prepare()
         app = App(CineDatastore(work))
         apps[f"{settings.MONAI_LABEL_APP_DIR}{settings.MONAI_LABEL_STUDIES}"] = app
-        served = build({"datastore": datastore.router}, DATASTORE, app)
+        served = build([datastore.router], DATASTORE, app)
         presenter = threading.Thread(target=lambda: None)
         run(Guard(served), app, "127.0.0.1", 0, None, None, presenter)
 

@@ -12,8 +12,8 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (make lab
 
 from discovr_monai.base.types import CineError
 from discovr_monai.label.archive.datastore import CineDatastore
+from discovr_monai.label.server.analyst import CineAnalyst
 from discovr_monai.label.server.batch import CineBatch
-from discovr_monai.label.server.infer import CineAnalyst
 
 SHAPE = (20, 20, 6)
 

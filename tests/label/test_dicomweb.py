@@ -25,7 +25,7 @@ from discovr_monai.data.write.dicom import write_dicom
 from discovr_monai.data.write.labels import write_nifti_labels
 from discovr_monai.data.write.segmentation import STILLS
 from discovr_monai.label.archive import studies as studies_module
-from discovr_monai.label.archive.studies import Studies, export_labels, told_structures
+from discovr_monai.label.archive.studies import Studies, export_labels, structure_names
 from tests.data.conftest import moving_blob
 from tests.data.test_label_dicom import complaints, disagreements, segments
 from tests.label.conftest import MODEL, NAME
@@ -332,14 +332,14 @@ def test_dicom_needs_the_archive_and_says_what_it_cannot(labelled, tmp_path, cap
 
 
 def test_a_label_says_its_structures_itself_or_not():
-    assert told_structures({"label_info": [{"name": "a"}, {"name": "b"}]}) == ["a", "b"]
-    assert told_structures({"params": {"label_names": {"b": 2, "a": 1}}}) == ["a", "b"]
+    assert structure_names({"label_info": [{"name": "a"}, {"name": "b"}]}) == ["a", "b"]
+    assert structure_names({"params": {"label_names": {"b": 2, "a": 1}}}) == ["a", "b"]
     for info in (
         {},
         {"label_info": [{"name": "a"}, {}]},
         {"params": {"label_names": {"a": 1, "c": 3}}},
     ):
-        assert told_structures(info) == []
+        assert structure_names(info) == []
 
 
 # ---- what may fail -------------------------------------------------------------------------

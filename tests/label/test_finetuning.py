@@ -11,7 +11,7 @@ import torch
 
 from discovr_monai.data.clips.transforms import LoadCined
 from discovr_monai.label.learn import finetuning
-from discovr_monai.label.learn.finetuning import Settings, deal, finetune
+from discovr_monai.label.learn.finetuning import FinetuningSettings, deal, finetune
 from discovr_monai.label.learn.versions import Versions
 from discovr_monai.weights.files import CheckpointError, read_checkpoint
 from tests.label.models import write_cines, write_model
@@ -37,7 +37,7 @@ def test_the_labels_make_a_better_version(versions, cines, tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlruns.db'}"
     told = lambda epoch, loss: seen.append((epoch, loss))  # noqa: E731
     outcome = finetune(
-        versions, loader, rows, Settings(**QUICK), tracking_uri=uri, after_epoch=told
+        versions, loader, rows, FinetuningSettings(**QUICK), tracking_uri=uri, after_epoch=told
     )
     assert outcome.promoted and outcome.version == versions.current == 1
     assert outcome.scores["dice_mean"] > outcome.serving["dice_mean"] + 0.1
@@ -79,7 +79,7 @@ def test_a_worse_version_never_serves(versions, cines, monkeypatch, score, expec
         return real(self, network) if len(calls) == 1 else {"dice_mean": score}
 
     monkeypatch.setattr(finetuning.PartlyLabelled, "scores", scores)
-    outcome = finetune(versions, loader, rows, Settings(**(QUICK | {"epochs": 1})))
+    outcome = finetune(versions, loader, rows, FinetuningSettings(**(QUICK | {"epochs": 1})))
     assert not outcome.promoted and versions.current == 0
     assert "not above the serving version's" in outcome.reason and expected in outcome.reason
 
@@ -93,7 +93,7 @@ def test_a_diverging_run_makes_no_version(cines, tmp_path):
     torch.save(state, model)
     versions = Versions(tmp_path / "versions", model)
     with pytest.raises(ValueError, match="diverged"):
-        finetune(versions, loader, rows, Settings(**(QUICK | {"epochs": 1})))
+        finetune(versions, loader, rows, FinetuningSettings(**(QUICK | {"epochs": 1})))
     assert versions.numbers == [0] and versions.current == 0
 
 
@@ -107,7 +107,7 @@ def test_an_empty_label_stops_nothing(versions, cines, tmp_path):
     for row in (held[0], deal(rows, 0.25)["training"][0]):
         save(Nifti1Image(np.zeros((40, 40, 8), np.uint8), np.eye(4)), root / row["mask"])
     loader = LoadCined(root=root, size=32, sector=False)
-    quick = Settings(**(QUICK | {"epochs": 1}))
+    quick = FinetuningSettings(**(QUICK | {"epochs": 1}))
     assert finetune(versions, loader, rows, quick).version == 1
     for row in held:
         save(Nifti1Image(np.zeros((40, 40, 8), np.uint8), np.eye(4)), root / row["mask"])
@@ -117,7 +117,7 @@ def test_an_empty_label_stops_nothing(versions, cines, tmp_path):
 
 def test_few_labels_do_not_change_what_is_familiar(versions, cines):
     loader, rows = cines
-    outcome = finetune(versions, loader, rows[:14], Settings(**(QUICK | {"epochs": 1})))
+    outcome = finetune(versions, loader, rows[:14], FinetuningSettings(**(QUICK | {"epochs": 1})))
     old, new = (read_checkpoint(versions.path(n))["network"] for n in (0, outcome.version))
     assert all(torch.equal(old[k], new[k]) for k in old if k.startswith("segmentation_fam"))
 
@@ -126,7 +126,7 @@ def test_blocks_are_not_trained_on_cines_of_an_unknown_view(versions, cines):
     loader, rows = cines
     unknown = [{k: v for k, v in row.items() if k != "view"} for row in rows]
     with pytest.raises(ValueError, match="view of some labelled cines is unknown"):
-        finetune(versions, loader, unknown, Settings(part="blocks"))
+        finetune(versions, loader, unknown, FinetuningSettings(part="blocks"))
 
 
 def test_a_crash_leaves_the_serving_version_and_a_failed_run(
@@ -140,7 +140,7 @@ def test_a_crash_leaves_the_serving_version_and_a_failed_run(
 
     monkeypatch.setattr(finetuning.PartlyLabelled, "tuned", crash)
     with pytest.raises(RuntimeError, match="out of memory"):
-        finetune(versions, loader, rows, Settings(**QUICK), tracking_uri=uri)
+        finetune(versions, loader, rows, FinetuningSettings(**QUICK), tracking_uri=uri)
     assert versions.numbers == [0] and versions.current == 0
     from mlflow.tracking import MlflowClient
 
@@ -152,7 +152,7 @@ def test_a_crash_leaves_the_serving_version_and_a_failed_run(
 @pytest.mark.parametrize("part", ["decoder", "blocks"])
 def test_decoders_and_blocks_can_be_trained(versions, cines, part):
     loader, rows = cines
-    settings = Settings(part=part, epochs=2, lr=0.01, batch_size=8)
+    settings = FinetuningSettings(part=part, epochs=2, lr=0.01, batch_size=8)
     outcome = finetune(versions, loader, rows, settings)
     old, new = (read_checkpoint(versions.path(n))["network"] for n in (0, outcome.version))
     changed = {k for k in old if k in new and not torch.equal(old[k], new[k])}
@@ -182,7 +182,7 @@ def test_too_few_labels_are_said(versions, cines):
     small = [r for r in rows if r in deal(rows, 0.25)["held out"]][:1]
     small += [r for r in rows if r not in deal(rows, 0.25)["held out"]][:3]
     with pytest.raises(ValueError, match="too few to train the encoder's blocks"):
-        finetune(versions, loader, small, Settings(part="blocks"))
+        finetune(versions, loader, small, FinetuningSettings(part="blocks"))
 
 
 def test_propagated_cines_are_thinned_out(versions, cines, tmp_path):
@@ -199,15 +199,15 @@ def test_propagated_cines_are_thinned_out(versions, cines, tmp_path):
         patch.setattr(finetuning.PartlyLabelled, "_inputs", counted)
         dealt = deal(rows, 0.3)
         finetune(versions, LoadCined(root=root, size=32, sector=False), rows,
-                 Settings(epochs=1, held_out=0.3))  # fmt: skip
+                 FinetuningSettings(epochs=1, held_out=0.3))  # fmt: skip
     assert counts == [12 * len(dealt["training"]), 12 * len(dealt["validation"])]
 
 
 def test_bad_settings_are_refused(versions, cines):
     for bad in ({"part": "all"}, {"epochs": 0}, {"lr": 0.0}, {"held_out": 1.0}, {"blocks": 0}):
         with pytest.raises(ValueError, match="must|out of range"):
-            Settings(**bad)
+            FinetuningSettings(**bad)
     state = torch.load(versions.path(0), weights_only=True)
     assert np.isfinite(state["segmentation.layers.1.weight"]).all()
     with pytest.raises(CheckpointError, match="no segmentation head"):
-        finetuning._tunable(SimpleNamespace(heads={}), Settings(), "model.pt")  # type: ignore[arg-type]
+        finetuning._tunable(SimpleNamespace(heads={}), FinetuningSettings(), "model.pt")  # type: ignore[arg-type]

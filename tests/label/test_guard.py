@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from discovr_monai.base.privacy import is_loopback
-from discovr_monai.label.archive.identifiers import check_file, check_id, check_tag
+from discovr_monai.label.archive.identifiers import check_filename, check_id, check_tag
 from discovr_monai.label.server.guard import Guard, Limits
 from tests.label.conftest import wait_until
 
@@ -219,12 +219,12 @@ def test_bad_ids(bad):
 )
 def test_bad_files(bad):
     with pytest.raises(ValueError, match=r"send .nii.gz"):
-        check_file(bad)
+        check_filename(bad)
 
 
 def test_the_path_of_a_file_is_left_out():
     for path in ("x.NII.gz", "/home/me/x.NII.gz", "..\\..\\x.NII.gz", "../x.NII.gz"):
-        assert check_file(path) == "x.NII.gz"
+        assert check_filename(path) == "x.NII.gz"
 
 
 @pytest.fixture

@@ -190,7 +190,7 @@ def test_what_a_kill_left_is_cleared(tmp_path, archive):
 
 def test_the_network_sees_what_it_sees_of_the_source(archive, presented):
     pytest.importorskip("monailabel", reason="MONAI Label is not installed (make label)")
-    from discovr_monai.label.server.infer import PresentedCines
+    from discovr_monai.label.server.analyst import PresentedCines
 
     cines = PresentedCines(presented, 64)
     for name in (archive.avi, archive.dicom, archive.nifti):
@@ -205,7 +205,7 @@ def test_the_network_sees_what_it_sees_of_the_source(archive, presented):
 
 def test_a_cine_that_was_sent_knows_millimetres_only_if_its_header_does(archive, copied):
     pytest.importorskip("monailabel", reason="MONAI Label is not installed (make label)")
-    from discovr_monai.label.server.infer import PresentedCines
+    from discovr_monai.label.server.analyst import PresentedCines
 
     cines = PresentedCines(copied, 64)
     for name, spacing in ((archive.avi, None), (archive.nifti, (0.25, 0.5))):

@@ -22,9 +22,11 @@ from discovr_monai.inference.model import load_model
 from discovr_monai.inference.reading import CineReader
 from discovr_monai.label.learn import propagation
 from discovr_monai.label.learn.versions import Versions
-from discovr_monai.label.server import tasks
+from discovr_monai.label.server.infer import CinePropagation
 from discovr_monai.label.server.routes import task_keys
 from discovr_monai.label.server.scoring import scorings
+from discovr_monai.label.server.strategies import EmbeddingCache, NextCine, strategies
+from discovr_monai.label.server.training import Finetuning
 from tests.label.models import write_cines, write_model
 
 
@@ -87,7 +89,7 @@ def no_flow(monkeypatch):
 
 
 def test_propagation_fills_every_frame_and_keeps_the_drawn(place):
-    task = tasks.infer_tasks(place.server)["discovr_propagation"]
+    task = CinePropagation(place.server)
     assert task.info()["type"] == "segmentation"  # what 3D Slicer runs on a whole cine
     image = place.store.get_image_uri("c00")
     file, params = task({"image": image})
@@ -103,7 +105,7 @@ def test_propagation_fills_every_frame_and_keeps_the_drawn(place):
 
 def test_propagation_takes_sent_labels_and_no_other_file(place, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    task = tasks.CinePropagation(place.server)
+    task = CinePropagation(place.server)
     image = place.store.get_image_uri("c01")
     sent = tmp_path / "sent.nii.gz"
     sent.write_bytes(Path(place.store.get_label_uri("c01", "final")).read_bytes())
@@ -119,7 +121,7 @@ def test_propagation_takes_sent_labels_and_no_other_file(place, tmp_path, monkey
 
 
 def test_strategies_name_unlabelled_cines_only(place):
-    known = tasks.strategies(place.server)
+    known = strategies(place.server)
     assert set(known) == {"coverage", "uncertainty", "both", "random"}
     for name in ("c02", "c04"):
         Path(place.store.get_label_uri(name, "final")).unlink()
@@ -133,10 +135,10 @@ def test_strategies_name_unlabelled_cines_only(place):
 
 
 def test_a_choice_takes_its_time_and_no_more(place):
-    looks = tasks.Looks(place.server, seconds=0)
+    cache = EmbeddingCache(place.server, seconds=0)
     for name in ("c07", "c08", "c09"):
         Path(place.store.get_label_uri(name, "final")).unlink()
-    strategy = tasks.NextCine("coverage", looks)
+    strategy = NextCine("coverage", cache)
     found = [strategy({}, place.store) for _ in range(10)]
     assert [f["seen"] for f in found] == list(range(1, 11))  # one more each time
     assert all(f["of"] == 10 and f["id"] in ("c07", "c08", "c09") for f in found)
@@ -145,7 +147,7 @@ def test_a_choice_takes_its_time_and_no_more(place):
 
 
 def test_training_is_reported_and_scored(place):
-    task = tasks.trainers(place.server, place.versions, None)["discovr_segmentation"]
+    task = Finetuning(place.server, place.versions, None)
     found = task({"epochs": 6, "lr": 0.05, "part": ["head", "decoder"], "x": "$evil"}, place.store)
     stats = task.stats()
     assert found["version"] == 1 and found["promoted"] and stats["current"] == 1
@@ -168,7 +170,7 @@ def test_training_is_reported_and_scored(place):
     ],
 )
 def test_senseless_trainings_are_refused(place, request_, said):
-    task = tasks.Finetuning(place.server, place.versions, None)
+    task = Finetuning(place.server, place.versions, None)
     with pytest.raises(ValueError, match=said):
         task(request_, place.store)
     assert place.versions.current == 0
@@ -177,7 +179,7 @@ def test_senseless_trainings_are_refused(place, request_, said):
 def test_a_failed_training_is_reported(place):
     for file in place.root.glob("labels/final/*"):
         file.unlink()
-    task = tasks.Finetuning(place.server, place.versions, None)
+    task = Finetuning(place.server, place.versions, None)
     with pytest.raises(ValueError, match="too few"):
         task({}, place.store)
     assert task.stats()["training"]["state"] == "failed" and place.versions.current == 0
@@ -218,7 +220,7 @@ def test_a_label_that_cannot_be_read_does_not_end_a_scoring(place):
 
 
 def test_two_versions_are_compared_by_running_both(place):
-    trainer = tasks.trainers(place.server, place.versions, None)["discovr_segmentation"]
+    trainer = Finetuning(place.server, place.versions, None)
     trainer({"epochs": 6, "lr": 0.05}, place.store)
     score = scorings(place.server, place.versions)["versions"]
     found = score({}, place.store)

@@ -1,4 +1,4 @@
-"""What may be called how: ids, tags and file names of a request, none of which is a path."""
+"""The ids, tags and file names that a request may use, none of which is a path."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ FILE = re.compile(r"[^/\\\0]{0,200}\.nii(\.gz)?", re.IGNORECASE)
 
 
 def check_id(value: str) -> str:
-    """An id of an image.
+    """Returns the id of an image, or raises ValueError.
 
-    Raises:
-        ValueError: for what is none.
+    >>> check_id("patient-1.view_2")
+    'patient-1.view_2'
     """
     if not ID.fullmatch(value) or value.lower().endswith((".nii", ".gz")):
         raise ValueError(
@@ -23,21 +23,20 @@ def check_id(value: str) -> str:
 
 
 def check_tag(value: str) -> str:
-    """A tag of a label.
-
-    Raises:
-        ValueError: for what is none.
-    """
+    """Returns the tag of a label, or raises ValueError."""
     if not TAG.fullmatch(value):
         raise ValueError(f"{value[:80]!r} is no tag: use up to 32 letters, digits, - and _")
     return value
 
 
-def check_file(value: str) -> str:
-    """The name of a file that was sent, of whose path (clients send it) only the suffix is used.
+def check_filename(value: str) -> str:
+    r"""Returns the name of a file that was sent, without the path that clients send along.
+
+    >>> check_filename("C:\\cines\\heart.nii.gz")
+    'heart.nii.gz'
 
     Raises:
-        ValueError: for another.
+        ValueError: it is no NIfTI file's name.
     """
     name = re.split(r"[/\\]", value)[-1]
     if not FILE.fullmatch(name):

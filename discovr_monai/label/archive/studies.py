@@ -1,7 +1,7 @@
 """An archive as MONAI Label shows it: a NIfTI per cine under a salted id, and the way back.
 
-The archive is never written to. What is presented lies in a folder of its own, and beside it what
-leads back to the files, readable by its owner only:
+The archive is never written to. What is presented lies in a folder of its own, and beside it lies
+what leads back to the files, readable by its owner only:
 
     WORK/ID.nii.gz                (X, Y, T) uint8, the sector only, at the file's own size
     WORK/labels/TAG/ID.nii.gz     what was saved
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from discovr_monai.base.engine import run_isolated
-from discovr_monai.base.files import PRIVATE, read_journal, write_text
+from discovr_monai.base.files import PRIVATE, read_journal, save_atomic, write_text
 from discovr_monai.base.notice import NOTICE
 from discovr_monai.base.privacy import load_salt, salted_id
 from discovr_monai.base.tables import write_table
@@ -33,10 +33,16 @@ from discovr_monai.base.types import Cine, CineError, DatalistRow
 from discovr_monai.data.lists.owners import salted_owners
 from discovr_monai.data.read.cine import read_cine
 from discovr_monai.data.read.kinds import NIFTI, failure_of, file_below
+from discovr_monai.data.read.masks import read_masks
 from discovr_monai.data.read.sector import prepare_cine
-from discovr_monai.data.write.labels import GEOMETRY, place_anywhere
+from discovr_monai.data.write.labels import (
+    GEOMETRY,
+    place_anywhere,
+    write_dicom_labels,
+    write_nifti_labels,
+)
+from discovr_monai.label.archive.saved import FINAL, SUFFIX
 
-JOURNAL = "cines.jsonl"
 TIMEOUT = 120.0  # seconds that one file may take to read
 
 
@@ -45,8 +51,8 @@ class Studies:
     """An archive, and the folder that it is presented in.
 
     Attributes:
-        source: DICOM, AVI, MP4, NIfTI, ... at any depth, or a folder with a datalist.json.
-        work: see the module; ``source``-label beside it, usually.
+        source: holds DICOM, AVI, MP4, NIfTI, ... at any depth, or a datalist.json.
+        work: where cines are presented, usually ``source``-label beside the source.
         salt: of the ids.
     """
 
@@ -59,8 +65,13 @@ class Studies:
         """Beside :attr:`work`, for nobody else."""
         return self.work.with_name(f"{self.work.name}-private")
 
+    @property
+    def journal(self) -> Path:
+        """Of the cines that were presented or set aside; the last entry of an id counts."""
+        return self.private / "cines.jsonl"
+
     def prepare(self) -> None:
-        """Makes the folders; clears what a killed server left.
+        """Makes the folders, and clears what a killed server left.
 
         Raises:
             ValueError, OSError: with what to do.
@@ -77,18 +88,18 @@ class Studies:
                 )
         self.work.mkdir(parents=True, exist_ok=True)
         self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
-        stamp = self.private / "studies.json"
+        owner = self.private / "studies.json"  # whose cines the folder presents, by which salt
         wanted = {
             "source": salted_id(f"source {source}", self.salt),
             "salt": salted_id("label", self.salt),
         }
-        if not stamp.exists():
+        if not owner.exists():
             if any(not p.name.startswith(".") for p in self.work.iterdir()):
                 raise ValueError(
                     f"{self.work.name!r} holds other files. Name a new folder (--work)"
                 )
-            write_text(stamp, json.dumps(wanted), mode=PRIVATE)
-        if json.loads(stamp.read_text()) != wanted:
+            write_text(owner, json.dumps(wanted), mode=PRIVATE)
+        if json.loads(owner.read_text()) != wanted:
             raise ValueError(
                 f"{self.work.name!r} presents other studies, or ids of another salt "
                 "(DISCOVR_MONAI_SALT). Name another folder (--work)"
@@ -97,50 +108,52 @@ class Studies:
             left.unlink(missing_ok=True)
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Id -> what is known of a cine."""
-        return read_journal(self.private / JOURNAL)
+        """Id -> what the journal says of a cine."""
+        return read_journal(self.journal)
 
     def present(self, workers: int = 1) -> Iterator[dict[str, Any]]:
-        """Presents what is new or has changed, in processes that may crash alone.
+        """Presents what is new or has changed, in processes whose crash ends nothing else.
 
         Yields:
             Records as they are done, presented or set aside.
-        """
-        from discovr_monai.inference.plan import find_cines  # heavy: processes that read need none
 
-        known = self.records()
+        Raises:
+            OSError: the disk is full.
+        """
+        from discovr_monai.inference.plan import find_cines  # heavy, and readers do not need it
+
+        records = self.records()
         rows = {salted_id(row["image"], self.salt): row for row in find_cines(self.source)[1]}
         todo = [
             (identity, row)
             for identity, row in rows.items()
-            if "first" not in row and not self._done(known.get(identity), row)
+            if "first" not in row and not self._is_done(records.get(identity), row)
         ]
         work = partial(present_file, studies=self)
         done = run_isolated(work, todo, workers=workers, timeout=TIMEOUT) if todo else ()
-        path = self.private / JOURNAL
-        for (identity, row), found, failure in done:
-            entry = {"id": identity, "name": row["image"], "stamp": self._stamp(row)}
-            entry |= found if failure is None else {"bad": list(failure)}
-            if "bad" in entry:  # what is presented stays, and so does what is known of it
-                entry = {**known.get(identity, {}), **entry}
-            if "stop" in entry:
-                raise OSError(f"cannot write ({entry['stop']}): free space, and start again")
-            known[identity] = entry
+        for (identity, row), result, failure in done:
+            record = {"id": identity, "name": row["image"], "stamp": self._stamp(row)}
+            record |= result if failure is None else {"bad": list(failure)}
+            if "stop" in record:
+                raise OSError(f"cannot write ({record['stop']}): free space, and start again")
+            if "bad" in record:  # what was presented earlier stays, and so does its record
+                record = {**records.get(identity, {}), **record}
+            records[identity] = record
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            with os.fdopen(os.open(path, flags, PRIVATE), "wb") as file:
-                file.write(json.dumps(entry).encode() + b"\n")
-            yield entry
-        self.report(known)
+            with os.fdopen(os.open(self.journal, flags, PRIVATE), "wb") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+            yield record
+        self._report(records)
 
-    def report(self, known: Mapping[str, Mapping[str, Any]]) -> None:
+    def _report(self, records: Mapping[str, Mapping[str, Any]]) -> None:
         """Writes which id is which file, and what was set aside."""
-        kept = [(r["id"], r["name"]) for r in known.values() if "window" in r]
-        bad = [(r["name"], *r["bad"]) for r in known.values() if "bad" in r]
-        for name, header, rows in (
-            ("files.csv", ("id", "file"), sorted(kept, key=lambda r: r[1])),
-            ("bad_files.csv", ("file", "kind", "reason", "what to do"), sorted(bad)),
-        ):
-            write_table(self.private / name, header, rows, mode=PRIVATE)
+        names = sorted(
+            ((r["id"], r["name"]) for r in records.values() if "window" in r), key=lambda r: r[1]
+        )
+        bad = sorted((r["name"], *r["bad"]) for r in records.values() if "bad" in r)
+        write_table(self.private / "files.csv", ("id", "file"), names, mode=PRIVATE)
+        header = ("file", "kind", "reason", "what to do")
+        write_table(self.private / "bad_files.csv", header, bad, mode=PRIVATE)
 
     def _stamp(self, row: DatalistRow) -> list[Any]:
         """Changes with the file and with what the datalist says of it."""
@@ -150,14 +163,18 @@ class Studies:
             return []
         return [stat.st_size, stat.st_mtime_ns, json.dumps(row, sort_keys=True)]
 
-    def _done(self, entry: Mapping[str, Any] | None, row: DatalistRow) -> bool:
-        if entry is None or entry.get("stamp") != self._stamp(row):
+    def _is_done(self, record: Mapping[str, Any] | None, row: DatalistRow) -> bool:
+        if record is None or record.get("stamp") != self._stamp(row):
             return False
-        return "bad" in entry or (self.work / f"{entry['id']}.nii.gz").is_file()
+        return "bad" in record or (self.work / f"{record['id']}{SUFFIX}").is_file()
 
 
 def present_file(job: tuple[str, DatalistRow], studies: Studies) -> dict[str, Any]:
     """Reads one cine, keeps its sector and writes it; never raises.
+
+    Args:
+        job: the cine's id and datalist row.
+        studies: where it is, and where it goes.
 
     Returns:
         A record without id: "fps", "spacing" (row, column) mm or None, "window" (see
@@ -171,7 +188,7 @@ def present_file(job: tuple[str, DatalistRow], studies: Studies) -> dict[str, An
         cine = read_cine(path, name=name)
         content, record = presented(cine, path, name)
         patient, study = salted_owners(row, studies.source, identity, studies.salt)
-        replace_file(studies.work / f"{identity}.nii.gz", content)
+        replace_file(studies.work / f"{identity}{SUFFIX}", content)
     except OSError as error:
         return {"stop": error.strerror}
     except Exception as error:
@@ -180,23 +197,19 @@ def present_file(job: tuple[str, DatalistRow], studies: Studies) -> dict[str, An
         record["fps"] = row["fps"]
     if row.get("spacing"):
         record["spacing"] = list(row["spacing"])
-    return record | {
-        "view": row.get("view"),
-        "patient": patient,
-        "study": study,
-    }
+    return record | {"view": row.get("view"), "patient": patient, "study": study}
 
 
 def presented(cine: Cine, source: Path, name: str) -> tuple[bytes, dict[str, Any]]:
-    """A cine's sector at its own place and size: burned-in text outside is black.
+    """A cine's sector at its own place and size; what is burned in outside of it becomes black.
 
     Args:
-        cine: as read.
+        cine: as it was read.
         source: its file; a NIfTI's own geometry is kept, so that a label lies on both.
         name: for errors.
 
     Returns:
-        A .nii.gz, and its record: "fps", "spacing", "window", "frames".
+        The content of a .nii.gz, and its record: "fps", "spacing", "window", "frames".
 
     Raises:
         CineError: see :func:`prepare_cine`.
@@ -221,8 +234,8 @@ def nifti_bytes(
 ) -> bytes:
     """(T, H, W) uint8 as (X, Y, T) NIfTI with mm and seconds, and nothing of a source's names.
 
-    The geometry is :func:`discovr_monai.data.write.labels.write_nifti_labels`'s, so that labels
-    written for the source lie on what is presented, and the other way round.
+    The geometry is that of :func:`discovr_monai.data.write.labels.write_nifti_labels`, so that
+    labels written for the source lie on what is presented, and the other way round.
     """
     import nibabel
 
@@ -241,48 +254,46 @@ def nifti_bytes(
 
 
 def replace_file(path: Path, content: bytes | Path) -> None:
-    """Puts bytes, or a copy of a file, at a path: on the disk before the old one goes.
+    """Puts bytes, or a copy of a file, at a path; when it returns, content and name are on disk.
 
     A kill leaves the old file or the new one, and at most a hidden .tmp beside it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+
+    def write(temporary: Path) -> None:
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        else:
+            shutil.copyfile(content, temporary)
+
+    save_atomic(write, path)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with temporary.open("xb") as out:
-            if isinstance(content, bytes):
-                out.write(content)
-            else:
-                with content.open("rb") as file:
-                    shutil.copyfileobj(file, out, 1 << 20)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name, too
-        finally:
-            os.close(folder)
+        os.fsync(folder)  # else a loss of power could undo the renaming
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(folder)
+
+
+# ---- the way back --------------------------------------------------------------------------
 
 
 def export_labels(
     work: str | Path,
     out: str | Path,
-    tag: str = "final",
+    tag: str = FINAL,
     source: str | Path | None = None,
     structures: Sequence[str] | None = None,
 ) -> dict[str, str]:
-    """Saved labels under their sources' relative names, on the sources' own frames.
+    """Writes saved labels under their sources' relative names, on the sources' own frames.
 
     Args:
         work: what a server presented.
-        out: NAME.nii.gz, or NAME.dcm, for the source NAME; as identifying as the archive's names
-            are, and DICOM as its headers.
+        out: gets NAME.nii.gz or NAME.dcm for the source NAME. Names are as identifying as the
+            archive's, and so are the headers of DICOM.
         tag: which labels: "final" (a person's), "original" or another (a model's).
         source: the archive, for the geometry of NIfTI sources; None takes what was presented.
             DICOM needs it.
-        structures: writes DICOM: names of labels 1, 2, ..., where a label does not say its own.
+        structures: names of labels 1, 2, ..., where a label does not say its own. Where they are
+            given, DICOM is written.
 
     Returns:
         The sources' relative names, and what was written for each: "NIfTI", "segmentation",
@@ -291,9 +302,6 @@ def export_labels(
     Raises:
         ValueError: with what to do.
     """
-    from discovr_monai.data.read.masks import read_masks
-    from discovr_monai.data.write.labels import write_dicom_labels, write_nifti_labels
-
     work, out = Path(work), Path(out)
     studies = Studies(Path(), work)
     records = studies.records()
@@ -301,46 +309,55 @@ def export_labels(
         raise ValueError(f"{studies.private.name} says nothing of {work.name!r}: nothing presented")
     if structures is not None and source is None:
         raise ValueError("labels as DICOM refer to their source: name the archive by --studies")
-    known, written = saved_info(work, tag) if structures is not None else {}, {}
+    infos = label_infos(work, tag) if structures is not None else {}
+    written: dict[str, str] = {}
     for identity, record in records.items():
-        file, name = f"labels/{tag}/{identity}.nii.gz", str(record["name"])
+        file, name = f"labels/{tag}/{identity}{SUFFIX}", str(record["name"])
         if "window" not in record or not (work / file).is_file():
             continue
-        like = work / f"{identity}.nii.gz" if source is None else Path(source) / name
+        like = work / f"{identity}{SUFFIX}" if source is None else Path(source) / name
         try:
             labels = read_masks(work, file, (record["frames"], *record["window"][:2]))
             if structures is None:
                 spacing = tuple(record["spacing"]) if record["spacing"] else None
-                target = out / f"{name}.nii.gz"
+                target = out / f"{name}{SUFFIX}"
                 write_nifti_labels(target, labels, spacing, record["fps"], like, name=name)
                 written[name] = "NIfTI"
-                continue
-            info = known.get(identity, {})
-            names, model = told_structures(info) or structures, info.get("model")
-            written[name] = write_dicom_labels(
-                out / f"{name}.dcm", labels, names, like, str(model or f"MONAI Label {tag}"),
-                name=name, corrected=tag == "final",
-            )  # fmt: skip
+            else:
+                info = infos.get(identity, {})
+                written[name] = write_dicom_labels(
+                    out / f"{name}.dcm",
+                    labels,
+                    structure_names(info) or structures,
+                    like,
+                    str(info.get("model") or f"MONAI Label {tag}"),
+                    name=name,
+                    corrected=tag == FINAL,
+                )
         except ValueError as error:
             problem = error.problem if isinstance(error, CineError) else str(error)
             written[name] = f"nothing: {problem}"
     return written
 
 
-def saved_info(work: Path, tag: str) -> dict[str, dict[str, Any]]:
-    """By id what was saved with labels: by a model its numbers, by 3D Slicer its segments."""
+def label_infos(work: Path, tag: str) -> dict[str, dict[str, Any]]:
+    """Id -> what was saved with a label: a model's numbers, or the segments of 3D Slicer."""
     index = work / "datastore_v2.json"
     objects = json.loads(index.read_text())["objects"] if index.is_file() else {}
-    found = {i: o.get("labels", {}).get(tag) or {} for i, o in objects.items()}
-    return {i: label.get("info") or {} for i, label in found.items()}
+    labels = {i: entry.get("labels", {}).get(tag) or {} for i, entry in objects.items()}
+    return {identity: label.get("info") or {} for identity, label in labels.items()}
 
 
-def told_structures(info: Mapping[str, Any]) -> list[str]:
-    """Names of labels 1, 2, ... as a label says them itself; [] if it does not."""
+def structure_names(info: Mapping[str, Any]) -> list[str]:
+    """Names of labels 1, 2, ... as a label says them itself; [] if it does not.
+
+    >>> structure_names({"params": {"label_names": {"wall": 2, "cavity": 1}}})
+    ['cavity', 'wall']
+    """
     if isinstance(segments := info.get("label_info"), list):
         names = [s.get("name") if isinstance(s, dict) else None for s in segments]
     else:
         numbered = (info.get("params") or {}).get("label_names")
-        values = {v: n for n, v in numbered.items()} if isinstance(numbered, dict) else {}
-        names = [values.get(i) for i in range(1, len(values) + 1)]
+        by_value = {v: n for n, v in numbered.items()} if isinstance(numbered, dict) else {}
+        names = [by_value.get(value) for value in range(1, len(by_value) + 1)]
     return [str(n) for n in names] if all(names) else []

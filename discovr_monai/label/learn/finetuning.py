@@ -1,8 +1,9 @@
 """A new version of the segmentation model from the labels so far, and what it is worth.
 
-All structures that the head knows must be drawn in a labelled frame: what is not drawn counts as
-background. Patients are dealt to training and held-out labels by their salted id, once and for
-all: whoever's labels score a version was never trained on by an earlier one, however many follow.
+In a labelled frame every structure that the head knows must be drawn, because what is not drawn
+counts as background. Patients are dealt to training and held-out labels by their salted id, once
+and for all: no version was ever trained on the labels by which versions are scored, however many
+labels follow.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from discovr_monai.data.lists.datalist import Datalist
 from discovr_monai.evaluation.features.encoders import EvaluatedEncoder, read_about
 from discovr_monai.evaluation.features.extract import Features, patients_of
 from discovr_monai.evaluation.heads.contours import dice
-from discovr_monai.evaluation.heads.saved import fit_familiarity, views_of
+from discovr_monai.evaluation.heads.saved import fit_familiarity
 from discovr_monai.evaluation.heads.segmenter import Segmenter
 from discovr_monai.evaluation.report.results import Results
 from discovr_monai.evaluation.tasks.segmentation import Labelled, Segmentation
@@ -34,20 +35,23 @@ from discovr_monai.label.learn.versions import Versions, better
 from discovr_monai.weights.files import DESCRIPTION, CheckpointError, describe
 
 PARTS = {"head": "linear", "decoder": "conv", "blocks": "linear"}  # part -> kind of a new head
-FRAMES = 12  # of a cine that are trained and scored on; propagated neighbours add little
-FAMILIAR_CINES = 20  # with fewer, it cannot be said what is unlike them
+FRAMES_PER_CINE = 12  # trained and scored on; more propagated neighbours add little
+FAMILIAR_CINES = 20  # with fewer, it cannot be said which cines are unlike them
 
 
 @dataclass(frozen=True)
-class Settings:
+class FinetuningSettings:
     """How to fine-tune.
 
     Attributes:
-        part: "head", "decoder" (a small convolutional head), or "blocks" (the head and the
-            encoder's last blocks).
-        blocks: how many, for "blocks".
+        part: "head", "decoder" (a small convolutional head), or "blocks" (the head and the last
+            blocks of the encoder).
+        blocks: how many last blocks, for "blocks".
         epochs, lr, batch_size, seed: of the training.
-        held_out: share of the patients whose labels score the versions.
+        held_out: share of the patients whose labels score the versions, above 0 and below 1.
+
+    Raises:
+        ValueError: naming the value that is out of range.
     """
 
     part: str = "head"
@@ -75,71 +79,72 @@ class Outcome:
     """What a training came to.
 
     Attributes:
-        version: the new one's number.
+        version: the new version's number.
         promoted: whether it serves now.
-        scores, serving: Dice on the held-out labels, of the new version and of the one that
-            served: "dice_mean", and "dice_NAME" of each structure.
         reason: one sentence.
+        scores: Dice of the new version on the held-out labels: "dice_mean", and "dice_NAME" of
+            each structure.
+        serving: the same of the version that served before.
     """
 
     version: int
     promoted: bool
+    reason: str
     scores: dict[str, float]
     serving: dict[str, float]
-    reason: str
 
 
 def deal(rows: Sequence[DatalistRow], held_out: float) -> dict[str, list[DatalistRow]]:
-    """Labelled cines into "training", "validation" (which chooses the epoch) and "held out".
+    """Deals cines to "training", "validation" (which chooses the epoch) and "held out".
+
+    A hash of the patient decides, so that a patient stays where it is when others follow.
 
     Args:
         rows: with "patient"; a cine without is a patient of its own.
-        held_out: share of patients, see the module.
+        held_out: expected share of the patients that are held out.
 
     Raises:
-        ValueError: if there are too few patients for the three.
+        ValueError: there are too few patients for the three.
     """
     owners = patients_of(rows)
     place = {p: int(hashlib.sha256(p.encode()).hexdigest()[:12], 16) / 16**12 for p in owners}
     rest = sorted((p for p in place if place[p] >= held_out), key=lambda p: -place[p])
-    watching = set(rest[: max(1, len(rest) // 5)])
-    names = {
-        p: "held out" if place[p] < held_out else "validation" if p in watching else "training"
-        for p in place
-    }
-    out: dict[str, list[DatalistRow]] = {"training": [], "validation": [], "held out": []}
+    validation = set(rest[: max(1, len(rest) // 5)])
+    sections: dict[str, list[DatalistRow]] = {"training": [], "validation": [], "held out": []}
     for row, owner in zip(rows, owners, strict=True):
-        out[names[owner]].append(row)
-    if not all(out.values()):
-        found = ", ".join(f"{name}: {len(part)} cines" for name, part in out.items())
+        training = "validation" if owner in validation else "training"
+        sections["held out" if place[owner] < held_out else training].append(row)
+    if not all(sections.values()):
+        counts = ", ".join(f"{name}: {len(part)} cines" for name, part in sections.items())
         raise ValueError(
-            f"labels of {len(place)} patients are too few to train and to judge ({found}): "
+            f"labels of {len(place)} patients are too few to train and to judge ({counts}): "
             "label cines of more patients"
         )
-    return out
+    return sections
 
 
 class PartlyLabelled(Segmentation):
     """Segmentation of cines that are labelled in some frames, or in all by propagation."""
 
     def _labelled(self, rows: Sequence[DatalistRow]) -> list[Labelled]:
-        found: list[Labelled] = []
+        """Evenly spread labelled frames of each cine."""
+        items: list[Labelled] = []
         for row in rows:
-            mine = super()._labelled([row]) if self._masks(row).any() else []
-            kept = np.linspace(0, len(mine) - 1, min(FRAMES, len(mine))).round().astype(int)
-            found += [mine[i] for i in kept]
-        if not found:
+            drawn = super()._labelled([row]) if self._masks(row).any() else []
+            count = min(FRAMES_PER_CINE, len(drawn))
+            items += [drawn[i] for i in np.linspace(0, len(drawn) - 1, count).round().astype(int)]
+        if not items:
             raise ValueError("no frame is labelled: there is nothing to train on")
-        return found
+        return items
 
     def tuned(self) -> Segmenter:
-        """The network of its best epoch."""
+        """Trains; the network of the epoch that does best on the validation cines."""
         parts = (self._inputs(self._labelled(self.rows[s])) for s in (self.train, self.validation))
         return self._fit(*parts)
 
     def scores(self, network: Segmenter) -> dict[str, float]:
-        """Mean over the held-out cines of Dice over their labelled frames."""
-        found: dict[str, list[float]] = {name: [] for name in self.structures}
+        """Dice over a cine's labelled frames, averaged over the held-out cines."""
+        cine_dices: dict[str, list[float]] = {name: [] for name in self.structures}
         rows = [row for row in self.rows[self.test[0]] if self._masks(row).any()]
         if not rows:
             raise ValueError("no held-out cine has a contour: label cines of more patients")
@@ -148,28 +153,29 @@ class PartlyLabelled(Segmentation):
                 pairs = zip(case.truth, case.predicted, strict=True)
                 dices = [dice(t == value, p == value) for t, p in pairs if (t == value).any()]
                 if dices:
-                    found[name].append(float(np.mean(dices)))
-        out = {f"dice_{name}": float(np.mean(v)) for name, v in found.items() if v}
-        return {"dice_mean": float(np.mean(list(out.values()))), **out}
+                    cine_dices[name].append(float(np.mean(dices)))
+        means = {f"dice_{name}": float(np.mean(v)) for name, v in cine_dices.items() if v}
+        return {"dice_mean": float(np.mean(list(means.values()))), **means}
 
 
 def finetune(
     versions: Versions,
     loader: LoadCined,
     rows: Sequence[DatalistRow],
-    settings: Settings | None = None,
+    settings: FinetuningSettings = FinetuningSettings(),
     *,
     device: torch.device | str = "cpu",
     tracking_uri: str | None = None,
     after_epoch: Callable[[int, float], None] | None = None,
 ) -> Outcome:
-    """Trains from the serving version; what is better on held-out labels serves from then on.
+    """Trains from the serving version; if the new one is better on held-out labels, it serves.
 
     Args:
-        versions: where the serving one is, and the new one goes.
-        loader: reads the cines, as large as the network's.
-        rows: with "image", "mask" (see :func:`~discovr_monai.data.read.masks.read_masks`; frames
-            that nobody labelled are 0), "view", and "patient" where known; each with "id".
+        versions: where the serving version is, and the new one goes.
+        loader: reads the cines, at the size that the network takes.
+        rows: each with "id", "image", "mask" (see
+            :func:`~discovr_monai.data.read.masks.read_masks`; frames that nobody labelled are 0),
+            and "view" and "patient" where known.
         settings: how.
         device: where.
         tracking_uri: MLflow's store, None for none.
@@ -178,52 +184,36 @@ def finetune(
     Raises:
         ValueError, CineError, CheckpointError: with what to do; the serving version goes on.
     """
-    settings = settings or Settings()
     sections = deal(rows, settings.held_out)
     if settings.part == "blocks":
         _check_blocks(sections["training"])
     served = versions.current
-    serving_file = versions.checked_path(served)
-    model = load_model(serving_file).to(device)
-    about = _tunable(model, settings, serving_file.name)
-    encoder = EvaluatedEncoder(serving_file, about["branch"], device=device)
-    counts = {f"cines_{k.replace(' ', '_')}": len(v) for k, v in sections.items()}
-    parameters = {**asdict(settings), **counts, "from_version": served, "branch": about["branch"]}
+    file = versions.checked_path(served)
+    model = load_model(file).to(device)
+    head = _tunable(model, settings, file.name)
+    encoder = EvaluatedEncoder(file, head["branch"], device=device)
+    counts = {f"cines_{name.replace(' ', '_')}": len(part) for name, part in sections.items()}
+    parameters = {**asdict(settings), **counts, "from_version": served, "branch": head["branch"]}
     with TrackedTraining(tracking_uri, parameters) as run, tempfile.TemporaryDirectory() as folder:
-        done = 0
 
-        def told(figure: float) -> None:
-            nonlocal done
-            done += 1
-            run.log({"validation_loss": figure}, done)
+        def log_epoch(loss: float) -> None:
+            epoch = run.log_epoch({"validation_loss": loss})
             if after_epoch is not None:
-                after_epoch(done, figure)
+                after_epoch(epoch, loss)
 
-        goes_on = PARTS[settings.part] == about["head"] or settings.part == "blocks"
         training = PartlyLabelled(
             encoder,
             Datalist(sections),
             loader,
             Results("segmentation", folder),
-            structures=about["structures"],
-            train="training",
-            validation="validation",
-            test=["held out"],
-            head=about["head"] if goes_on else PARTS[settings.part],
-            blocks=settings.blocks if settings.part == "blocks" else 0,
-            every_frame=False,
-            epochs=settings.epochs,
-            lr=settings.lr,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            start=model.segmentation if goes_on else None,
-            after_epoch=told,
+            **_options(settings, model),
+            after_epoch=log_epoch,
         )
         serving = training.scores(model.segmenter())
         network = training.tuned()
-        outcome = _judge(versions, served, training, network, serving, settings, Path(folder))
-        run.log({**outcome.scores, "promoted": float(outcome.promoted)}, done)
-        run.log({f"serving_{k}": v for k, v in outcome.serving.items()}, done)
+        outcome = _judge(versions, served, settings, training, network, serving)
+        run.log({**outcome.scores, "promoted": float(outcome.promoted)})
+        run.log({f"serving_{k}": v for k, v in serving.items()})
     return outcome
 
 
@@ -231,10 +221,10 @@ def finetune(
 
 
 def _check_blocks(rows: Sequence[DatalistRow]) -> None:
-    """Another encoder sees everything anew: what is familiar, and of which view, must be known.
+    """A changed encoder sees all cines anew, so enough of them, of known views, are needed.
 
     Raises:
-        ValueError: if it would not.
+        ValueError: it could not be said which cines and views are familiar to it.
     """
     if len(rows) < FAMILIAR_CINES:
         raise ValueError(
@@ -248,11 +238,11 @@ def _check_blocks(rows: Sequence[DatalistRow]) -> None:
         )
 
 
-def _tunable(model: EchoModel, settings: Settings, name: str) -> dict[str, Any]:
-    """What is known of the segmentation head.
+def _tunable(model: EchoModel, settings: FinetuningSettings, name: str) -> dict[str, Any]:
+    """What the model says of its segmentation head.
 
     Raises:
-        CheckpointError: if there is none, or its encoder is another head's too.
+        CheckpointError: there is none, or blocks are to be trained that serve another head too.
     """
     head = model.heads.get("segmentation")
     if head is None:
@@ -266,64 +256,75 @@ def _tunable(model: EchoModel, settings: Settings, name: str) -> dict[str, Any]:
     return dict(head)
 
 
+def _options(settings: FinetuningSettings, model: EchoModel) -> dict[str, Any]:
+    """Of :class:`PartlyLabelled`; a head of the wanted kind is trained on, another begins anew."""
+    head, kind = model.heads["segmentation"], PARTS[settings.part]
+    goes_on = settings.part == "blocks" or kind == head["head"]
+    return {
+        "structures": head["structures"],
+        "test": ["held out"],
+        "head": head["head"] if goes_on else kind,
+        "start": model.segmentation if goes_on else None,
+        "blocks": settings.blocks if settings.part == "blocks" else 0,
+        "every_frame": False,
+        "epochs": settings.epochs,
+        "lr": settings.lr,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+    }
+
+
 def _judge(
     versions: Versions,
     served: int,
+    settings: FinetuningSettings,
     training: PartlyLabelled,
     network: Segmenter,
-    serving: Mapping[str, float],
-    settings: Settings,
-    folder: Path,
+    serving: dict[str, float],
 ) -> Outcome:
-    """Scores what was trained; adds it as a version, and promotes it if it is better."""
+    """Scores what was trained, adds it as a version, and promotes it if it is better."""
     scores = training.scores(network)
-    tensors = _with_head(versions.path(served), training, network, folder)
+    tensors = _with_head(versions.path(served), training, network)
     about = {
         "origin": "annotation",
         "from": served,
         "settings": asdict(settings),
         "scores": scores,
-        "serving": dict(serving),
+        "serving": serving,
         "cines": {name: len(rows) for name, rows in training.rows.items()},
     }
     version = versions.add(lambda path: torch.save(tensors, path), about)
+    new, old = scores["dice_mean"], serving["dice_mean"]
     if not better(scores, serving):
-        reason = f"not above the serving version's {serving['dice_mean']:.3f}"
-        reason = f"held-out Dice {scores['dice_mean']:.3f} is {reason}"
-        return Outcome(version, False, scores, dict(serving), reason)
+        reason = f"held-out Dice {new:.3f} is not above the serving version's {old:.3f}"
+        return Outcome(version, False, reason, scores, serving)
     versions.promote(version)
-    reason = f"held-out Dice {scores['dice_mean']:.3f}, before {serving['dice_mean']:.3f}"
-    return Outcome(version, True, scores, dict(serving), reason)
+    return Outcome(version, True, f"held-out Dice {new:.3f}, before {old:.3f}", scores, serving)
 
 
-def _with_head(
-    file: Path, training: PartlyLabelled, network: Segmenter, folder: Path
-) -> dict[str, torch.Tensor]:
-    """The serving model's tensors with the new head, its encoder and its familiarity."""
+def _with_head(file: Path, training: PartlyLabelled, network: Segmenter) -> dict[str, torch.Tensor]:
+    """The serving model's tensors, with the new head, its encoder and what is familiar to it."""
     state = read_about(file)
-    about, tensors = copy.deepcopy(state["about"]), dict(state["network"])
+    about = copy.deepcopy(state["about"])
     head = about["heads"]["segmentation"]
-    both = (training.train, training.validation)
-    own = [row for name in both for row in training.rows[name]]
-    named = [r for r in own if r.get("view")]
-    views = views_of(named, None) if named else []
-    head |= {"head": training.head, "cines": len(training.rows[training.train])}
-    enough = len(training.rows[training.train]) >= FAMILIAR_CINES
-    tensors = {k: v for k, v in tensors.items() if not k.startswith("segmentation.")}
+    cines = len(training.rows[training.train])
+    head |= {"head": training.head, "cines": cines}
     new = {f"segmentation.{k}": v for k, v in network.head.state_dict().items()}
-    if enough:  # else the head stays silent where it was silent
-        head["views"] = sorted({*views} if training.blocks else {*views, *head["views"]})
+    if cines >= FAMILIAR_CINES:  # with fewer, the head stays silent where it was silent
+        sections = (training.train, training.validation)
+        rows = [row for name in sections for row in training.rows[name]]
+        views = {str(row["view"]) for row in rows if row.get("view")}
+        head["views"] = sorted(views if training.blocks else views | {*head["views"]})
         training.encoder.module = network.encoder
-        seen = Features(
-            training.encoder, training.data, training.loader, both, folder / "features.npz"
-        )
-        familiar = fit_familiarity(*(seen[section] for section in both))
+        file = training.results.folder / "features.npz"
+        seen = Features(training.encoder, training.data, training.loader, sections, file)
+        familiar = fit_familiarity(*(seen[section] for section in sections))
         new |= {f"segmentation_familiarity.{k}": v for k, v in familiar.state_dict().items()}
     if training.blocks:
-        own_blocks = "encoder.encoder."  # of the segmenter's frozen encoder
+        prefix = "encoder.encoder."  # of the segmenter's encoder and its wrapper
         for key, value in network.state_dict().items():
-            if key.startswith(own_blocks):
-                new[f"{head['branch']}.{key.removeprefix(own_blocks)}"] = value
-    tensors |= {k: v.detach().cpu().contiguous().clone() for k, v in new.items()}
-    tensors[DESCRIPTION] = describe(about)
-    return tensors
+            if key.startswith(prefix):
+                new[f"{head['branch']}.{key.removeprefix(prefix)}"] = value
+    kept = {k: v for k, v in state["network"].items() if not k.startswith("segmentation.")}
+    copies = {k: v.detach().cpu().contiguous().clone() for k, v in new.items()}
+    return {**kept, **copies, DESCRIPTION: describe(about)}

@@ -27,12 +27,13 @@ class TrackedTraining:
     """A run that is open while the block lasts; it fails where the block does.
 
     Args:
-        tracking_uri: "sqlite:////.../mlruns.db" or a server's address; None: nothing is logged.
-        parameters: never a path or a patient's name.
+        tracking_uri: "sqlite:////.../mlruns.db" or a server's address; None logs nothing.
+        parameters: of the training; never a path or a patient's name.
     """
 
     def __init__(self, tracking_uri: str | None, parameters: Mapping[str, Any]) -> None:
         self.uri, self.parameters = tracking_uri, parameters
+        self.epochs = 0  # that were logged
         self._client: Any = None
         self._run = ""
 
@@ -54,15 +55,22 @@ class TrackedTraining:
         )
         return self
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures of an epoch; those that are not finite are left out."""
+    def log_epoch(self, figures: Mapping[str, float]) -> int:
+        """Logs the figures of one more epoch; how many there are now."""
+        self.epochs += 1
+        self.log(figures)
+        return self.epochs
+
+    def log(self, figures: Mapping[str, float]) -> None:
+        """Logs figures at the last epoch; those that are not finite are left out."""
         if self._client is None:
             return
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        found = [Metric(k, v, now, step) for k, v in figures.items() if math.isfinite(v)]
-        self._client.log_batch(self._run, metrics=found)
+        finite = {k: v for k, v in figures.items() if math.isfinite(v)}
+        metrics = [Metric(k, v, now, self.epochs) for k, v in finite.items()]
+        self._client.log_batch(self._run, metrics=metrics)
         touch(store_file(self._client.tracking_uri), self._run)
 
     def __exit__(

@@ -1,4 +1,7 @@
-"""Inference of many cines in turn: MONAI Label's own needs a GPU, and ends at the first error."""
+"""Inference of many cines, one after the other.
+
+MONAI Label's own batch inference needs a GPU, and ends at the first error.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from discovr_monai.label.archive.saved import FINAL, PROPOSED
 
 
 class CineBatch(BatchInferTask):
-    """What a model says of the cines of a datastore, saved as labels of a tag."""
+    """Saves what a model says of the cines of a datastore as labels of a tag."""
 
     def __call__(
         self,
@@ -22,11 +25,13 @@ class CineBatch(BatchInferTask):
         datastore: Datastore,
         infer: Callable[[dict[str, Any], Datastore], Mapping[str, Any]],
     ) -> dict[str, str]:
-        """Image id -> "saved", "nothing to save", or why it failed; the others go on.
+        """Image id -> "saved", "nothing to save", or why it failed; a failure ends nothing.
 
         Args:
             request: "images" ("all", "labeled", "unlabeled" or ids), "label_tag" ("original"),
-                "max_batch_size" (so many only, 0 for all), and what the model takes.
+                "max_batch_size" (the number of cines, 0 for all), and what the model takes.
+            datastore: of the cines and labels.
+            infer: the app's inference of one request.
 
         Raises:
             ValueError: for the tag of what annotators have submitted.
@@ -35,16 +40,17 @@ class CineBatch(BatchInferTask):
         if tag == FINAL:
             raise ValueError(f"the tag {FINAL!r} is for what annotators submit: name another")
         images = sorted(self.get_images({**request, "label_tag": FINAL}, datastore))
-        done: dict[str, str] = {}
+        outcomes: dict[str, str] = {}
         for image in images[: int(request.get("max_batch_size") or len(images))]:
-            ask = {**request, "image": image, "save_label": True, "label_tag": tag}
+            one = {**request, "image": image, "save_label": True, "label_tag": tag}
             try:
-                found = infer(ask, datastore)
-            except Exception as error:  # one cine, whatever it did
-                told = isinstance(error, (ValueError, TimeoutError))
-                done[image] = f"failed: {error}" if told else f"failed ({type(error).__name__})"
+                result = infer(one, datastore)
+            except Exception as error:
+                readable = isinstance(error, (ValueError, TimeoutError))  # others may name a path
+                reason = f": {error}" if readable else f" ({type(error).__name__})"
+                outcomes[image] = f"failed{reason}"
                 continue
-            if found.get("file"):
-                Path(found["file"]).unlink(missing_ok=True)
-            done[image] = "saved" if found.get("label") else "nothing to save"
-        return done
+            if result.get("file"):
+                Path(result["file"]).unlink(missing_ok=True)
+            outcomes[image] = "saved" if result.get("label") else "nothing to save"
+        return outcomes

@@ -1,7 +1,7 @@
-"""The part of MONAI Label's interface that is served: routes and arguments by name, in threads.
+"""The part of MONAI Label's interface that is served, with checked arguments, in threads.
 
-MONAI Label's own handlers do the work. They block while they do, so each runs in a thread:
-inferences in a few of their own, so that listing and saving never wait for them.
+MONAI Label's own handlers do the work. They block while they work, so each runs in a thread.
+Inferences have a few threads of their own, so that listing and saving never wait for them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import traceback
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,14 @@ from monailabel.interfaces.exception import (
 )
 
 from discovr_monai.label.archive.datastore import KNOWN
-from discovr_monai.label.archive.identifiers import check_file, check_id, check_tag
+from discovr_monai.label.archive.identifiers import check_filename, check_id, check_tag
 
 Endpoint = Callable[..., Coroutine[Any, Any, Any]]
-AT_ONCE = 2  # inferences
+INFERENCES = 2  # that run at the same time
 logger = logging.getLogger(__name__)
 
-# What is served, by router. Closed: models (upload, download), sessions (archives), proxy, logs,
-# ohif, whole-slide inference, reload, removal, and lists that name places on the server.
+# What is served. Closed are models (upload, download), sessions (archives), proxy, logs, ohif,
+# whole-slide inference, reload, removal, and lists that name places on the server.
 DATASTORE = (
     ("GET", "/datastore/"),
     ("PUT", "/datastore/"),  # 3D Slicer's way to send an image
@@ -74,9 +74,11 @@ TASKS = (
 COMMON = {"client_id", "label_info", "result_extension", "result_dtype", "result_compress"}
 BATCH = {"device", "multi_gpu", "gpus", "logging", "save_label", "label_tag", "max_workers",
          "max_batch_size", "images"}  # fmt: skip
-OWN = {*KNOWN, "strategy", "path", "id", "ts", "name"}  # what clients may not say of an image
+SERVERS_WORD = {*KNOWN, "strategy", "path", "id", "ts", "name"}  # clients may not set these
+TASKS_OF = {"infer": "_infers", "batch": "_infers", "train": "_trainers",
+            "activelearning": "_strategies", "scoring": "_scoring_methods"}  # fmt: skip
 KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
-LONGEST, DEEPEST, MOST = 2000, 6, 10_000
+MOST_LETTERS, MOST_LEVELS, MOST_ITEMS = 2000, 6, 10_000
 
 
 def check_value(value: Any, depth: int = 0) -> None:
@@ -84,40 +86,40 @@ def check_value(value: Any, depth: int = 0) -> None:
 
     Args:
         value: of JSON.
+        depth: how many lists and objects it lies in.
 
     Raises:
         ValueError: for "$..." (run), "@..." and "%..." (looked up), paths, and what is too large.
     """
-    if depth > DEEPEST:
+    if depth > MOST_LEVELS:
         raise ValueError("the parameters are nested too deeply")
     if isinstance(value, dict):
-        for key, each in value.items():
-            check_value(key, depth + 1)
+        for each in (*value.keys(), *value.values()):
             check_value(each, depth + 1)
     elif isinstance(value, list):
-        if len(value) > MOST:
-            raise ValueError(f"a list of {len(value)} values is too long: {MOST} at most")
+        if len(value) > MOST_ITEMS:
+            raise ValueError(f"a list of {len(value)} values is too long: {MOST_ITEMS} at most")
         for each in value:
             check_value(each, depth + 1)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{value} is no number: it is refused")
     elif isinstance(value, str):
+        if len(value) > MOST_LETTERS:
+            raise ValueError(f"a text of {len(value)} letters is too long: {MOST_LETTERS} at most")
         text = value.strip()
-        if len(value) > LONGEST:
-            raise ValueError(f"a text of {len(value)} letters is too long: {LONGEST} at most")
         if text[:1] in tuple("$@%"):
             raise ValueError(f"{text[:40]!r} begins like a config's expression: it is refused")
-        place = text[:1] in tuple("/\\~") or re.match(r"[A-Za-z]:[/\\]", text) or "\0" in text
-        if place or ".." in re.split(r"[/\\]", text) or "://" in text:
+        absolute = text[:1] in tuple("/\\~") or re.match(r"[A-Za-z]:[/\\]", text)
+        if absolute or "\0" in text or "://" in text or ".." in re.split(r"[/\\]", text):
             raise ValueError(f"{text[:40]!r} names a place: it is refused")
 
 
-def check_params(params: Any, allowed: set[str] | None) -> None:
-    """Refuses parameters that are no dict of known keys with harmless values.
+def check_params(params: Any, allowed: set[str] | None) -> dict[str, Any]:
+    """Parameters as a dict, if all keys are known and all values harmless.
 
     Args:
-        params: a dict, or its JSON.
+        params: a dict or its JSON; None and "" stand for {}.
         allowed: keys; None for any (what is only kept, not acted on).
 
     Raises:
@@ -125,8 +127,7 @@ def check_params(params: Any, allowed: set[str] | None) -> None:
     """
     if isinstance(params, str):
         params = json.loads(params) if params.strip() else {}
-    if params is None:
-        return
+    params = {} if params is None else params
     if not isinstance(params, dict):
         raise ValueError("parameters must be a JSON object")
     for key in params:
@@ -134,6 +135,7 @@ def check_params(params: Any, allowed: set[str] | None) -> None:
             known = f": this task has {', '.join(sorted(allowed))}" if allowed is not None else ""
             raise ValueError(f"the parameter {key[:60]!r} is not known{known}")
     check_value(params)
+    return params
 
 
 def check_arguments(arguments: Mapping[str, Any], allowed: set[str] | None) -> None:
@@ -141,7 +143,7 @@ def check_arguments(arguments: Mapping[str, Any], allowed: set[str] | None) -> N
 
     Args:
         arguments: of the handler, by name.
-        allowed: keys of its "params".
+        allowed: keys of its "params"; None if they are only kept.
 
     Raises:
         ValueError: with the argument and what it may be.
@@ -153,7 +155,7 @@ def check_arguments(arguments: Mapping[str, Any], allowed: set[str] | None) -> N
         raise ValueError("send the image to /datastore/image first, then infer it by its id")
     for name in ("file", "label"):
         if (filename := getattr(arguments.get(name), "filename", None)) is not None:
-            check_file(filename)
+            check_filename(filename)
     for name, check in (("image", check_id), ("label", check_id), ("tag", check_tag)):
         value = arguments.get(name)
         if isinstance(value, str) and (value or name == "image"):
@@ -164,78 +166,78 @@ def check_arguments(arguments: Mapping[str, Any], allowed: set[str] | None) -> N
     output = getattr(arguments.get("output"), "value", None)
     if output in ("train", "dicom_seg"):
         raise ValueError(f"output {output!r} is not served")
-    check_params(arguments.get("params"), allowed)
-    check_params(arguments.get("info"), None)
-    for name in ("params", "info"):
-        given = arguments.get(name)
-        known = json.loads(given) if isinstance(given, str) and given.strip() else given or {}
-        if allowed is None and (taken := OWN & set(known)):
-            raise ValueError(f"{', '.join(sorted(taken))}: only the server says so")
+    keys = {*check_params(arguments.get("params"), allowed)}
+    keys |= {*check_params(arguments.get("info"), None)}
+    if allowed is None and (taken := SERVERS_WORD & keys):
+        raise ValueError(f"{', '.join(sorted(taken))}: only the server says so")
 
 
 def task_keys(app: Any, path: str, arguments: Mapping[str, Any]) -> set[str] | None:
-    """Parameters that a task takes: what its config names, and what all clients send.
+    """Parameters that a task takes: those that its config names, and those that clients send.
 
     Args:
         app: a MONAILabelApp.
-        path: of the route; arguments: of its handler.
+        path: of the route, such as "/train/{model}".
+        arguments: of its handler.
+
+    Returns:
+        None for a route without a task.
+
+    Raises:
+        ValueError: the task does not exist.
     """
-    kinds = {"/infer/": "_infers", "/batch/": "_infers", "/train/": "_trainers",
-             "/activelearning/": "_strategies", "/scoring/": "_scoring_methods"}  # fmt: skip
-    for start, kind in kinds.items():
-        if path.startswith(start):
-            name = next((arguments[k] for k in ("model", "strategy", "method") if k in arguments),
-                        "")  # fmt: skip
-            task = getattr(app, kind).get(name)
-            if name and task is None:
-                raise ValueError(f"there is no {name!r} here")
-            config = getattr(task, "config", dict)
-            extra = BATCH if start == "/batch/" else set()
-            return COMMON | extra | set(config() if callable(config) else config)
-    return None
+    section = path.split("/")[1]
+    if section not in TASKS_OF:
+        return None
+    name = next((arguments[k] for k in ("model", "strategy", "method") if k in arguments), "")
+    task = getattr(app, TASKS_OF[section]).get(name)
+    if name and task is None:
+        raise ValueError(f"there is no {name!r} here")
+    config: Mapping[str, Any] = getattr(task, "config", dict)()
+    return COMMON | set(config) | (BATCH if section == "batch" else set())
 
 
 # ---- answers -------------------------------------------------------------------------------
 
 RESULT = re.compile(r"Result: (.*)")  # what a task came to, the last line that it logs
-SENTENCE = re.compile(r"[\w.]+Error: .*")  # that it ended with
+SENTENCE = re.compile(r"[\w.]+Error: .*")  # the error that it ended with
+PLACE = re.compile(r"(?:^|[\s'\"(=])(?:/|[A-Za-z]:\\)\w")
 
 
 def without_places(answer: Any) -> Any:
-    """A task's state without what it logged: its result, or the sentence that it ended with."""
+    """A task's state, of whose log only its result, or the error that ended it, is left."""
     if isinstance(answer, list):
         return [without_places(each) for each in answer]
     if not isinstance(answer, dict) or "details" not in answer:
         return answer
-    found = (RESULT.search(line) or SENTENCE.match(line) for line in answer["details"])
-    lines = [f[f.lastindex or 0] for f in found if f]
-    told = [line for line in lines if not re.search(r"(?:^|[\s'\"(=])(?:/|[A-Za-z]:\\)\w", line)]
-    return {**answer, "details": told}
+    matches = (RESULT.search(line) or SENTENCE.match(line) for line in answer["details"])
+    lines = [m[m.lastindex or 0] for m in matches if m]
+    return {**answer, "details": [line for line in lines if not PLACE.search(line)]}
 
 
 # ---- the application -----------------------------------------------------------------------
 
 
-def build(
-    routers: Mapping[str, APIRouter], routes: tuple[tuple[str, str], ...], app: Any
-) -> FastAPI:
+def build(routers: Sequence[APIRouter], routes: Sequence[tuple[str, str]], app: Any) -> FastAPI:
     """Serves some routes of MONAI Label, and nothing else.
 
     Args:
-        routers: MONAI Label's, whatever they are called.
+        routers: MONAI Label's.
         routes: (method, path).
         app: a MONAILabelApp, for the names of its parameters.
 
     Raises:
-        RuntimeError: if MONAI Label no longer has one of them.
+        RuntimeError: MONAI Label no longer has one of the routes.
     """
     served = FastAPI(title="DISCOVR", docs_url=None, redoc_url=None, openapi_url=None)
     served.router.redirect_slashes = False
-    slow = ThreadPoolExecutor(AT_ONCE, "infer")
+    slow = ThreadPoolExecutor(INFERENCES, "infer")
     quick = ThreadPoolExecutor(16, "quick")
-    theirs: list[Any] = [route for router in routers.values() for route in router.routes]
-    handlers = {
-        (method, route.path): route.endpoint for route in theirs for method in route.methods
+    handlers: dict[tuple[str, str], Endpoint] = {
+        (method, route.path): route.endpoint  # type: ignore[attr-defined]
+        for router in routers
+        for route in router.routes
+        for method in route.methods  # type: ignore[attr-defined]
     }
     for method, path in routes:
         if (method, path) not in handlers:
@@ -256,8 +258,8 @@ def threaded(
 
     Args:
         endpoint: async, but never waiting for anything: MONAI Label's are all so.
-        pool: where it runs. One that nobody waits for any more runs to its end there.
-        keys: of its "params", by its arguments.
+        pool: where it runs. Once nobody waits for it any more, it still runs to its end there.
+        keys: gives the keys that its "params" may have, by its arguments.
     """
 
     @functools.wraps(endpoint)
@@ -267,38 +269,37 @@ def threaded(
             check_arguments(arguments, keys(arguments))
             work = pool.submit(_drive, endpoint, arguments)
             return await asyncio.wrap_future(work)
-        except asyncio.CancelledError:  # nobody waits any more: it runs to its end
+        except asyncio.CancelledError:
             if work is not None:
                 work.add_done_callback(lambda _: _tidy(arguments))
             raise
         except Exception as error:
             _tidy(arguments)
-            raise _answer(endpoint, error) from None
+            raise _http_error(endpoint, error) from None
 
     handler.__signature__ = inspect.signature(endpoint)  # type: ignore[attr-defined]
     return handler
 
 
-def _answer(endpoint: Endpoint, error: Exception) -> HTTPException:
+def _http_error(endpoint: Endpoint, error: Exception) -> HTTPException:
     """What a client is told of an error."""
     if isinstance(error, HTTPException):
         return error
-    if isinstance(error, (ImageNotFoundException, LabelNotFoundException)):
-        return HTTPException(404, str(error.msg))
     if isinstance(error, MONAILabelException):
-        return HTTPException(400, str(error.msg))
+        missing = isinstance(error, (ImageNotFoundException, LabelNotFoundException))
+        return HTTPException(404 if missing else 400, str(error.msg))
     if isinstance(error, ValueError):  # ours: a sentence that says what to do
         return HTTPException(400, str(error))
     if isinstance(error, TimeoutError):
         return HTTPException(504, str(error))
-    place = traceback.extract_tb(error.__traceback__)[-1]  # its text may hold a path or a name
+    place = traceback.extract_tb(error.__traceback__)[-1]  # the text may hold a path or a name
     where = f"{Path(place.filename).name}:{place.lineno}"
     logger.error("%s failed: %s in %s", endpoint.__name__, type(error).__name__, where)
     return HTTPException(500, f"the server failed ({type(error).__name__})")
 
 
 def _tidy(arguments: Mapping[str, Any]) -> None:
-    """Removes what a request has sent, which else happens once it is answered."""
+    """Removes the files of a request, which is otherwise done once it is answered."""
     for task in getattr(arguments.get("background_tasks"), "tasks", ()):
         task.func(*task.args, **task.kwargs)
 

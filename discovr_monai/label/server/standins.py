@@ -1,7 +1,7 @@
-"""Modules that MONAI Label imports at once and that a server of cines never calls.
+"""Stand-ins for modules that MONAI Label imports and that a server of cines never calls.
 
-Imported before any module of MONAI Label, by the launcher and by app/main.py: trainings and
-scorings run in processes of their own, which import main.py only. Real packages are left alone.
+This must be imported before any module of MONAI Label, also by app/main.py: trainings and scorings
+run in processes of their own, which import nothing else first. Installed packages are left alone.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ def _absent(*_: Any, **__: Any) -> NoReturn:
     raise RuntimeError("this needs torchvision or pydicom-seg, which are not installed")
 
 
-def _ensure(name: str, names: tuple[str, ...]) -> ModuleType:
-    """The module, or one whose ``names`` refuse to be called."""
+def _ensure(name: str, functions: tuple[str, ...]) -> ModuleType:
+    """The module, or one whose functions refuse to be called."""
     try:
         return importlib.import_module(name)
-    except Exception:  # pydicom-seg is installed by some and fails in many ways (pydicom 3)
+    except Exception:  # an installed pydicom-seg fails in many ways with pydicom 3
         module = ModuleType(name)
-        for each in names:
-            setattr(module, each, _absent)
+        for function in functions:
+            setattr(module, function, _absent)
         sys.modules[name] = module
         return module
 

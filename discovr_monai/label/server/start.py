@@ -1,4 +1,4 @@
-"""Starts MONAI Label on an archive: on this machine only, unless told otherwise."""
+"""Starts MONAI Label on an archive: reachable from this machine only, unless told otherwise."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from typing import Any
 
 from discovr_monai.base.notice import NOTICE
 from discovr_monai.base.privacy import is_loopback
-from discovr_monai.base.types import CineError
 from discovr_monai.label.archive.studies import Studies
-from discovr_monai.label.server.guard import Guard, Limits
+from discovr_monai.label.server.guard import Guard
 
 APP = Path(__file__).parent / "app"
 TOKEN_VARIABLE = "DISCOVR_MONAI_LABEL_TOKEN"
@@ -39,16 +38,16 @@ def serve(
     readers: int = 1,
     tracking_uri: str | None = None,
 ) -> None:
-    """Serves until it is stopped; cines that are new are presented in the background.
+    """Serves until it is stopped, and presents new cines in the background.
 
     Args:
-        studies: the archive, never written to.
+        studies: the archive, which is never written to.
         model: with heads, such as the bundle's models/model.pt.
         work: where cines are presented and labels saved; ``studies``-label beside it if None.
-        host: another than this machine's own needs the token that is printed, or that
+        host: another address than this machine's own needs the token that is printed, or that
             $DISCOVR_MONAI_LABEL_TOKEN holds.
         port: 0 for any that is free.
-        view: of the cines whose datalist row does not say.
+        view: of the cines whose datalist row names none.
         certificate, key: PEM files, for https.
         readers: processes that read new cines.
         tracking_uri: MLflow's store for the trainings; one in :attr:`Studies.private` if None.
@@ -74,17 +73,20 @@ def serve(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another server is at work on {archive.work.name!r}") from None
-        conf = {"source": str(archive.source), "model": str(Path(model).resolve())}
-        conf |= {"view": view or "", "tracking_uri": tracking_uri or own_store(archive)}
+        conf = {
+            "source": str(archive.source),
+            "model": str(Path(model).resolve()),
+            "view": view or "",
+            "tracking_uri": tracking_uri or f"sqlite:///{archive.private / 'mlruns.db'}",
+        }
         app = start_app(archive, conf, port)
-        presenter = threading.Thread(
-            target=_present, args=(archive, app.datastore(), readers), daemon=True
-        )
-        run(Guard(_application(app), token, Limits()), app, host, port, certificate, key, presenter)
+        present = (archive, app.datastore(), readers)
+        presenter = threading.Thread(target=_present, args=present, daemon=True)
+        run(Guard(_application(app), token), app, host, port, certificate, key, presenter)
 
 
 def check_certificate(certificate: str | Path | None, key: str | Path | None) -> None:
-    """Refuses, before anything is made, what https could not be served with.
+    """Refuses what https could not be served with, before anything is made.
 
     Args:
         certificate, key: PEM files; the key may stand in the certificate's.
@@ -102,9 +104,9 @@ def check_certificate(certificate: str | Path | None, key: str | Path | None) ->
                 f"{option} {Path(file).name!r} does not exist. Check --{option}"
             )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(certificate, key, password=lambda: "none")  # else it would be asked
-    except OSError:  # of ssl: what it says helps nobody
+    try:  # with any password, or ssl would ask the terminal for one
+        context.load_cert_chain(certificate, key, password=lambda: "none")
+    except OSError:  # an ssl error, whose own text helps nobody
         names = " and ".join(repr(Path(file).name) for file in (certificate, key) if file)
         raise ValueError(
             f"{names}: no certificate and its key, in PEM and without a password. "
@@ -112,25 +114,17 @@ def check_certificate(certificate: str | Path | None, key: str | Path | None) ->
         ) from None
 
 
-def own_store(archive: Studies) -> str:
-    """MLflow's store of an archive's trainings."""
-    return f"sqlite:///{archive.private / 'mlruns.db'}"
-
-
 def start_app(archive: Studies, conf: dict[str, str], port: int) -> Any:
-    """MONAI Label's app over prepared studies, its settings ours.
+    """MONAI Label's app over prepared studies.
 
-    They stand in the environment too: trainings and scorings run in processes of their own.
+    Its settings are put into the environment, because trainings and scorings run in processes of
+    their own. What clients send lies in a private folder for as long as it is looked at.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    temporary = archive.private / "tmp"  # what clients send, while it is looked at
-    temporary.mkdir(mode=0o700, exist_ok=True)
-    for left in temporary.iterdir():
-        if left.is_dir():  # of a training that was stopped
-            shutil.rmtree(left)
-        else:
-            left.unlink()
-    settings = {
+    temporary = archive.private / "tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed server or training left
+    temporary.mkdir(mode=0o700)
+    os.environ |= {
         "TMPDIR": str(temporary),
         "MONAI_LABEL_APP_DIR": str(APP),
         "MONAI_LABEL_STUDIES": str(archive.work),
@@ -143,7 +137,6 @@ def start_app(archive: Studies, conf: dict[str, str], port: int) -> Any:
         "MONAI_LABEL_SERVER_PORT": str(port),
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
-    os.environ.update(settings)
     tempfile.tempdir = str(temporary)
     import discovr_monai.label.server.standins  # noqa: F401  before any module of MONAI Label
 
@@ -157,6 +150,7 @@ def start_app(archive: Studies, conf: dict[str, str], port: int) -> Any:
 
 
 def _application(app: Any) -> Any:
+    """The ASGI application of MONAI Label's routes that are served."""
     from monailabel.endpoints import (
         activelearning,
         batch_infer,
@@ -170,7 +164,7 @@ def _application(app: Any) -> Any:
     from discovr_monai.label.server.routes import DATASTORE, TASKS, build
 
     modules = (activelearning, batch_infer, datastore, infer, info, scoring, train)
-    return build({m.__name__: m.router for m in modules}, DATASTORE + TASKS, app)
+    return build([module.router for module in modules], DATASTORE + TASKS, app)
 
 
 def run(
@@ -182,7 +176,10 @@ def run(
     key: str | Path | None,
     presenter: threading.Thread,
 ) -> None:
-    """Runs until it is stopped, and says when it is ready and what to open."""
+    """Runs a guarded application until it is stopped.
+
+    Once it is ready, it says what to open, and starts the presenter.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -191,12 +188,11 @@ def run(
             if self.started:
                 bound = self.servers[0].sockets[0].getsockname()[1]
                 name = f"[{host}]" if ":" in host else host
-                kind = "https" if certificate else "http"
+                address = f"{'https' if certificate else 'http'}://{name}:{bound}"
                 count = len(app.datastore().list_images())
-                print(f"{count} cines so far; new ones are being read. {NOTICE}")
                 print(
-                    "Ready. Open 3D Slicer, module MONAI Label, and enter the server "
-                    f"{kind}://{name}:{bound}",
+                    f"{count} cines so far; new ones are being read. {NOTICE}\n"
+                    f"Ready. Open 3D Slicer, module MONAI Label, and enter the server {address}",
                     flush=True,
                 )
                 presenter.start()
@@ -220,7 +216,7 @@ def run(
 
 
 def _present(archive: Studies, datastore: Any, readers: int) -> None:
-    """Presents what is new; what is known already is listed first."""
+    """Lists the cines that were presented earlier, then presents the new ones."""
     try:
         datastore.take_in(archive.records())
         new = {}
@@ -233,5 +229,5 @@ def _present(archive: Studies, datastore: Any, readers: int) -> None:
         records = archive.records().values()
         bad = sum("bad" in r for r in records)
         print(f"{len(records) - bad} cines presented, {bad} files set aside", flush=True)
-    except (ValueError, OSError, CineError) as error:
+    except (ValueError, OSError) as error:
         print(f"Not all studies could be presented: {error}", file=sys.stderr, flush=True)

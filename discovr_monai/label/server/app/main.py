@@ -17,33 +17,30 @@ from discovr_monai.label.archive.datastore import CineDatastore
 from discovr_monai.label.archive.identifiers import check_id, check_tag
 from discovr_monai.label.archive.studies import Studies
 from discovr_monai.label.learn.versions import Versions
-from discovr_monai.label.server import tasks
+from discovr_monai.label.server.analyst import CineAnalyst
 from discovr_monai.label.server.batch import CineBatch
-from discovr_monai.label.server.infer import CineAnalyst, CineConfidence, CineInference
+from discovr_monai.label.server.infer import CineConfidence, CineInference, CinePropagation
 from discovr_monai.label.server.scoring import scorings
+from discovr_monai.label.server.strategies import strategies
+from discovr_monai.label.server.training import Finetuning
 
 
 class DiscovrLabel(MONAILabelApp):
-    """Cines of an archive, contours and EF by a frozen backbone and its heads.
+    """Cines of an archive, with contours and EF by a frozen backbone and its heads.
 
     Args:
         app_dir: this folder.
         studies: :attr:`Studies.work`.
         conf: "model" (a file), "source" (the archive), "tracking_uri" (MLflow's store of the
-            trainings), "view" ("" is unknown), "seconds".
+            trainings), "view" ("" is unknown).
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
-        self.archive = Studies(Path(conf["source"]), Path(studies))
-        self.versions = Versions.of(self.archive.private / "models", Path(conf["model"]))
-        self.tracking_uri = conf["tracking_uri"]
-        self.analyst = CineAnalyst(
-            self.versions,
-            self.archive,
-            local_device(),
-            conf.get("view") or None,
-            float(conf.get("seconds") or 600),
-        )
+        archive = Studies(Path(conf["source"]), Path(studies))
+        self.versions = Versions.of(archive.private / "models", Path(conf["model"]))
+        view = conf.get("view") or None
+        self.analyst = CineAnalyst(self.versions, archive, local_device(), view)
+        self.has_contours = "segmentation" in self.analyst.model.heads
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -61,36 +58,39 @@ class DiscovrLabel(MONAILabelApp):
         return {
             "discovr_segmentation": CineInference(self.analyst),
             "discovr_confidence": CineConfidence(self.analyst),
-            **tasks.infer_tasks(self.analyst),
+            "discovr_propagation": CinePropagation(self.analyst),
         }
 
     def init_trainers(self) -> dict[str, Any]:
-        """Trainings."""
-        return tasks.trainers(self.analyst, self.versions, self.tracking_uri)
+        """Trainings, if there is a head to train."""
+        if not self.has_contours:
+            return {}
+        task = Finetuning(self.analyst, self.versions, self.conf["tracking_uri"])
+        return {"discovr_segmentation": task}
 
     def init_strategies(self) -> dict[str, Any]:
         """What to annotate next."""
-        return {**tasks.strategies(self.analyst), "first": First()}
+        return {**strategies(self.analyst), "first": First()}
 
     def init_scoring_methods(self) -> dict[str, Any]:
-        """Scorings."""
-        return scorings(self.analyst, self.versions)
+        """Scorings, if there is a head to score."""
+        return scorings(self.analyst, self.versions) if self.has_contours else {}
+
+    def init_batch_infer(self) -> CineBatch:
+        """Inference of many cines, one after the other."""
+        return CineBatch()
 
     # ---- where MONAI Label would trust a request ---------------------------------------------
 
     def init_datastore(self) -> CineDatastore:
-        """Of this folder and no other place: an address is no studies folder."""
+        """Of this folder and no other place, such as an address."""
         return CineDatastore(self.studies, len(self.analyst.model.structures) or None)
-
-    def init_batch_infer(self) -> CineBatch:
-        """One cine after another."""
-        return CineBatch()
 
     def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
         """As in the base class, for images of the datastore only.
 
         Raises:
-            ValueError: for a path, or an image that is not there.
+            ValueError: for a path, or an image that does not exist.
         """
         image = check_id(str(request.get("image", "")))
         check_tag(str(request.get("label_tag", "original")))
