@@ -39,9 +39,9 @@ Tracking(store, "run", pause=0.0, output_dir=sys.argv[1]).attach(engine)
 engine.run([None] * 9, max_epochs=1)
 """,
     "labels": """
-from discovr_monai.label.learn.runs import TrackedTraining
-with TrackedTraining(store, {}) as run:
-    run.log({"loss": 1.0})
+from discovr_monai.label.learn.runs import tracked_training
+with tracked_training(store, {}) as log:
+    log({"loss": 1.0}, 1)
     wait()
 """,
     "evaluation": """

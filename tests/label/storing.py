@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from types import ModuleType
 
-import discovr_monai.label.server.standins  # noqa: F401
+import discovr_monai.label.server  # noqa: F401  before any module of MONAI Label
 
 
 def leave_out() -> None:
@@ -47,8 +47,8 @@ def main(work: Path) -> None:
     from monailabel.endpoints import datastore
     from monailabel.interfaces.utils.app import apps
 
-    from discovr_monai.label.archive.datastore import CineDatastore
     from discovr_monai.label.archive.studies import Studies
+    from discovr_monai.label.server.datastore import CineDatastore
     from discovr_monai.label.server.guard import Guard
     from discovr_monai.label.server.routes import DATASTORE, build
     from discovr_monai.label.server.start import run

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (make label)")
 
 from discovr_monai.base.types import CineError
-from discovr_monai.label.archive.datastore import CineDatastore
 from discovr_monai.label.server.analyst import CineAnalyst
 from discovr_monai.label.server.batch import CineBatch
+from discovr_monai.label.server.datastore import CineDatastore
 
 SHAPE = (20, 20, 6)
 

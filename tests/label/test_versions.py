@@ -34,7 +34,7 @@ def copy_of(base: Path):
 
 def test_the_base_serves_first_and_stays_as_it_was(versions, base):
     assert versions.current == 0 and versions.numbers == [0]
-    assert versions.current_path.read_bytes() == base.read_bytes()
+    assert versions.path(versions.current).read_bytes() == base.read_bytes()
     assert Versions(versions.folder).current == 0  # a second process needs no base
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from discovr_monai.evaluation.heads.segmenter import Segmenter
 from discovr_monai.evaluation.report.results import Results
 from discovr_monai.evaluation.tasks.segmentation import Labelled, Segmentation
 from discovr_monai.inference.model import EchoModel, load_model
-from discovr_monai.label.learn.runs import TrackedTraining
+from discovr_monai.label.learn.runs import tracked_training
 from discovr_monai.label.learn.versions import Versions, better
 from discovr_monai.weights.files import DESCRIPTION, CheckpointError, describe
 
@@ -194,10 +194,13 @@ def finetune(
     encoder = EvaluatedEncoder(file, head["branch"], device=device)
     counts = {f"cines_{name.replace(' ', '_')}": len(part) for name, part in sections.items()}
     parameters = {**asdict(settings), **counts, "from_version": served, "branch": head["branch"]}
-    with TrackedTraining(tracking_uri, parameters) as run, tempfile.TemporaryDirectory() as folder:
+    with tracked_training(tracking_uri, parameters) as log, TemporaryDirectory() as folder:
+        epoch = 0
 
         def log_epoch(loss: float) -> None:
-            epoch = run.log_epoch({"validation_loss": loss})
+            nonlocal epoch
+            epoch += 1
+            log({"validation_loss": loss}, epoch)
             if after_epoch is not None:
                 after_epoch(epoch, loss)
 
@@ -212,8 +215,8 @@ def finetune(
         serving = training.scores(model.segmenter())
         network = training.tuned()
         outcome = _judge(versions, served, settings, training, network, serving)
-        run.log({**outcome.scores, "promoted": float(outcome.promoted)})
-        run.log({f"serving_{k}": v for k, v in serving.items()})
+        log({**outcome.scores, "promoted": float(outcome.promoted)}, epoch)
+        log({f"serving_{k}": v for k, v in serving.items()}, epoch)
     return outcome
 
 

@@ -1,10 +1,13 @@
 """Versions of a model in a folder: written beside, scored, made current by one rename.
 
-    FOLDER/0003.pt        a version, as inference takes it; never changed once it is there
-    FOLDER/0003.json      what is known of it; a version without it was cut off and does not count
+    FOLDER/0003.pt        a version, as inference takes it; never changed once it exists
+    FOLDER/0003.json      what is known of it; without this file, a version was cut off and does
+                          not count
     FOLDER/current.json   which versions served, in turn; the last one serves
 
-A file is used only if it is the one that was written (its hash), and nothing is unpickled.
+A file is used only if its hash says that it is the one that was written, and nothing is unpickled.
+The aliases of MLflow's registry do less: they hold no history to go back in, and the store may lie
+on a server, where the files' folder would be a second source of truth.
 """
 
 from __future__ import annotations
@@ -28,12 +31,12 @@ class Versions:
     """The versions of one model; several processes may share the folder.
 
     Args:
-        folder: made if it is missing.
-        base: the model that serves first, taken in as version 0 where the folder is new.
+        folder: is made if it is missing.
+        base: the model that serves first; a new folder takes it in as version 0.
 
     Raises:
-        CheckpointError: if the base is no model.
-        ValueError: if the folder is new and there is no base.
+        CheckpointError: the base is no model.
+        ValueError: the folder is new and there is no base.
     """
 
     @classmethod
@@ -44,35 +47,32 @@ class Versions:
     def __init__(self, folder: str | Path, base: str | Path | None = None) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(str(self.folder / ".lock"))
+        self._pointer = self.folder / "current.json"
+        self._lock = FileLock(str(self.folder / ".lock"))  # a process may take it twice
         with self._lock:
             if self._pointer.exists():
                 return
             if base is None:
                 raise ValueError(f"{self.folder.name!r} holds no version: name a model to begin")
-            source = Path(base)
+            content = Path(base).read_bytes()
             if not self.numbers:
-                self._add(lambda path: path.write_bytes(source.read_bytes()), {"origin": "base"})
+                self.add(lambda path: path.write_bytes(content), {"origin": "base"})
             self._point([min(self.numbers)])
 
     # ---- what there is -----------------------------------------------------------------------
-
-    @property
-    def _pointer(self) -> Path:
-        return self.folder / "current.json"
 
     def path(self, version: int) -> Path:
         """The file of a version."""
         return self.folder / f"{version:04d}.pt"
 
     def checked_path(self, version: int) -> Path:
-        """The same, if it is what was written.
+        """The file of a version, if it is what was written.
 
         Raises:
-            ValueError: there is no such version; CheckpointError: its file has changed.
+            ValueError: there is no such version.
+            CheckpointError: its file has changed.
         """
-        wanted = self.about(version)["sha256"]
-        if _digest(self.path(version)) != wanted:
+        if self.about(version)["sha256"] != _digest(self.path(version)):
             raise CheckpointError(
                 f"version {version} has changed since it was written: train it anew"
             )
@@ -81,56 +81,62 @@ class Versions:
     @property
     def numbers(self) -> list[int]:
         """All whole versions, oldest first."""
-        found = (p.stem for p in self.folder.glob("[0-9]*.json"))
-        return sorted(int(name) for name in found if self.path(int(name)).is_file())
+        names = (int(p.stem) for p in self.folder.glob("[0-9]*.json"))
+        return sorted(number for number in names if self.path(number).is_file())
 
     def about(self, version: int) -> dict[str, Any]:
         """What is known of a version.
 
         Raises:
-            ValueError: if there is none of this number.
+            ValueError: there is no such version.
         """
         if version not in self.numbers:
             raise ValueError(f"there is no version {version}: there are {self.numbers}")
-        found: dict[str, Any] = json.loads(self._about(version).read_text())
-        return found
+        about: dict[str, Any] = json.loads(self.path(version).with_suffix(".json").read_text())
+        return about
 
     @property
     def history(self) -> list[int]:
         """Which versions served, in turn."""
-        found: list[int] = json.loads(self._pointer.read_text())["served"]
-        return found
+        served: list[int] = json.loads(self._pointer.read_text())["served"]
+        return served
 
     @property
     def current(self) -> int:
         """The version that serves."""
         return self.history[-1]
 
-    @property
-    def current_path(self) -> Path:
-        """Its file."""
-        return self.path(self.current)
-
     # ---- what changes ------------------------------------------------------------------------
 
     def add(self, write: Callable[[Path], object], about: Mapping[str, Any]) -> int:
-        """A new version, which does not serve yet.
+        """Adds a version, which does not serve yet.
 
         Args:
             write: writes the model's file.
-            about: figures and settings, JSON; never a path or a patient's name.
+            about: figures and settings, as JSON; never a path or a patient's name.
 
         Returns:
             Its number.
 
         Raises:
-            CheckpointError: if what was written is no model, or has weights that are no numbers.
+            CheckpointError: what was written is no model, or has weights that are not finite.
         """
         with self._lock:
-            return self._add(write, about)
+            taken = [int(p.stem) for p in self.folder.glob("[0-9]*.*")]  # also those cut off
+            version = max(taken, default=-1) + 1
+            path = self.path(version)
+
+            def write_checked(temporary: Path) -> None:
+                write(temporary)
+                check_model(temporary)
+
+            save_atomic(write_checked, path)
+            content = json.dumps({**about, "sha256": _digest(path)}, indent=1)
+            write_text(path.with_suffix(".json"), content)
+            return version
 
     def promote(self, version: int) -> None:
-        """Makes a version current, if it is what was written.
+        """Makes a version current, if its file is what was written.
 
         Raises:
             ValueError, CheckpointError: it is not; the one that serves goes on.
@@ -141,13 +147,10 @@ class Versions:
                 self._point([*self.history, version])
 
     def roll_back(self) -> int:
-        """Goes back to the version that served before.
-
-        Returns:
-            Its number.
+        """Goes back to the version that served before; its number.
 
         Raises:
-            ValueError: if there was none.
+            ValueError: there was none.
         """
         with self._lock:
             served = self.history
@@ -155,24 +158,6 @@ class Versions:
                 raise ValueError(f"version {served[0]} is the first: there is none to go back to")
             self._point(served[:-1])
             return served[-2]
-
-    # ---- parts -------------------------------------------------------------------------------
-
-    def _about(self, version: int) -> Path:
-        return self.folder / f"{version:04d}.json"
-
-    def _add(self, write: Callable[[Path], object], about: Mapping[str, Any]) -> int:
-        taken = [int(p.stem) for p in self.folder.glob("[0-9]*.*")]  # also those cut off
-        version = max(taken, default=-1) + 1
-
-        def checked(path: Path) -> None:
-            write(path)
-            check_model(path)
-
-        save_atomic(checked, self.path(version))
-        content = json.dumps({**about, "sha256": _digest(self.path(version))}, indent=1)
-        write_text(self._about(version), content)
-        return version
 
     def _point(self, served: list[int]) -> None:
         write_text(self._pointer, json.dumps({"served": served}))
@@ -182,7 +167,7 @@ def check_model(path: Path) -> None:
     """Reads a model as inference would.
 
     Raises:
-        CheckpointError, ValueError: if it is none, or some weight is not finite.
+        CheckpointError, ValueError: it is none, or some weight is not finite.
     """
     for name, value in read_checkpoint(path)["network"].items():
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -191,7 +176,13 @@ def check_model(path: Path) -> None:
 
 
 def better(candidate: Mapping[str, float], serving: Mapping[str, float]) -> bool:
-    """Whether a version's mean Dice on held-out labels is above that of the serving one."""
+    """Whether the candidate's mean Dice on held-out labels is above the serving version's.
+
+    >>> better({"dice_mean": 0.9}, {"dice_mean": 0.8})
+    True
+    >>> better({"dice_mean": float("nan")}, {"dice_mean": 0.8})
+    False
+    """
     new, old = candidate["dice_mean"], serving["dice_mean"]
     return math.isfinite(new) and (new > old or not math.isfinite(old))
 

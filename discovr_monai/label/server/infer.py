@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import discovr_monai.label.server.standins  # noqa: F401  before any module of MONAI Label
-
-# isort: split
 import numpy as np
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 

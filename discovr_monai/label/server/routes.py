@@ -19,9 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import discovr_monai.label.server.standins  # noqa: F401  before any module of MONAI Label
-
-# isort: split
 from fastapi import APIRouter, FastAPI, HTTPException
 from monailabel.interfaces.exception import (
     ImageNotFoundException,
@@ -29,8 +26,8 @@ from monailabel.interfaces.exception import (
     MONAILabelException,
 )
 
-from discovr_monai.label.archive.datastore import KNOWN
 from discovr_monai.label.archive.identifiers import check_filename, check_id, check_tag
+from discovr_monai.label.server.datastore import KNOWN
 
 Endpoint = Callable[..., Coroutine[Any, Any, Any]]
 INFERENCES = 2  # that run at the same time

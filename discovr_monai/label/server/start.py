@@ -138,9 +138,6 @@ def start_app(archive: Studies, conf: dict[str, str], port: int) -> Any:
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
     tempfile.tempdir = str(temporary)
-    import discovr_monai.label.server.standins  # noqa: F401  before any module of MONAI Label
-
-    # isort: split
     from monailabel.interfaces.utils.app import app_instance
 
     logging.getLogger("monailabel").setLevel(logging.WARNING)  # below, it logs requests and paths

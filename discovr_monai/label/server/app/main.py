@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import discovr_monai.label.server.standins  # noqa: F401  before any module of MONAI Label
+import discovr_monai.label.server  # noqa: F401  its stand-ins, before any module of MONAI Label
 
 # isort: split
 from monailabel.interfaces.app import MONAILabelApp
@@ -13,12 +13,12 @@ from monailabel.tasks.activelearning.first import First
 
 from discovr_monai.base.distributed import local_device
 from discovr_monai.base.notice import NOTICE
-from discovr_monai.label.archive.datastore import CineDatastore
 from discovr_monai.label.archive.identifiers import check_id, check_tag
 from discovr_monai.label.archive.studies import Studies
 from discovr_monai.label.learn.versions import Versions
 from discovr_monai.label.server.analyst import CineAnalyst
 from discovr_monai.label.server.batch import CineBatch
+from discovr_monai.label.server.datastore import CineDatastore
 from discovr_monai.label.server.infer import CineConfidence, CineInference, CinePropagation
 from discovr_monai.label.server.scoring import scorings
 from discovr_monai.label.server.strategies import strategies

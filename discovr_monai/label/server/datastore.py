@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import discovr_monai.label.server.standins  # noqa: F401  before any module of MONAI Label
-
-# isort: split
 from filelock import FileLock
 from monailabel.datastore.local import (
     DataModel,
