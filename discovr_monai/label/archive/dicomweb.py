@@ -1,8 +1,8 @@
 """Cines out of a DICOMweb archive, and labels into it: QIDO-RS, WADO-RS and STOW-RS.
 
-What an archive gives names its patients and stays as it is: the folder is for its owner only.
-Nothing here prints or logs a UID, a name or a number of a patient; the two reports name files,
-and lie beside them.
+What an archive gives names its patients and is not changed, so the folder is for its owner only.
+Nothing here prints or logs a UID, a name or a number of a patient; the two reports name files, and
+lie beside them.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ STUDY, SERIES, INSTANCE = "0020000D", "0020000E", "00080018"
 MODALITIES, MODALITY = "00080061", "00080060"
 SOP_CLASS, FRAMES = "00080016", "00280008"
 PAGE = 1000  # results that are asked for at once
-SECONDS = (10, 120)  # to connect; without a byte
-BUSY = (429, 502, 503, 504)  # HTTP: nobody is there to answer, for now
-DUPLICATE = 0x0111  # failure reason of an instance that is there (PS3.7, annex C)
+TIMEOUTS = (10, 120)  # seconds: to connect; between two bytes
+BUSY = (429, 502, 503, 504)  # HTTP: nobody can answer for now
+DUPLICATE = 0x0111  # failure reason of an instance that the archive has (PS3.7, annex C)
 
 
 class ArchiveError(ValueError):
     """What an archive did not do.
 
     Attributes:
-        away: nobody answered, or was too busy.
-        final: the rest would fail as well (credentials, certificate, a redirect).
+        away: nobody answered, or the archive was too busy.
+        final: everything else would fail as well (credentials, certificate, a redirect).
     """
 
     def __init__(self, sentence: str, *, away: bool = False, final: bool = False) -> None:
@@ -62,15 +62,15 @@ def pull(
 ) -> Counter[str]:
     """Fetches multi-frame ultrasound as STUDY/INSTANCE.dcm, named by UIDs, as it was stored.
 
-    What is there is not fetched again. An instance that cannot be had is named with the reason
+    Files that exist are not fetched again. An instance that cannot be had is named with the reason
     in bad_files.csv, and the rest goes on.
 
     Args:
         url: the archive's DICOMweb root.
-        folder: new or of an earlier pull.
+        folder: new, or of an earlier pull.
         studies: Study Instance UIDs; all if empty.
         patients: Patient IDs; all if empty.
-        plain_http: let patients' data go unencrypted to another machine.
+        plain_http: lets patients' data go unencrypted to another machine.
 
     Returns:
         How many were "fetched", "there" already, "set aside".
@@ -81,11 +81,8 @@ def pull(
     if any(not UID.fullmatch(uid) for uid in studies):
         raise ValueError("--study takes a Study Instance UID: digits and dots, 64 at most")
     archive, folder = Archive(url, plain_http), Path(folder)
-    found = [
-        (f"{study}/{instance}.dcm", (study, series, instance))
-        for study, series, instance in archive.cines(studies, patients)
-    ]
-    if not found:
+    cines = {f"{uids[0]}/{uids[2]}.dcm": uids for uids in archive.cines(studies, patients)}
+    if not cines:
         raise ArchiveError(
             f"{archive.host} has no multi-frame ultrasound of what was asked for: check the "
             "address, --study and --patient, and what this user may see"
@@ -93,10 +90,10 @@ def pull(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for left in folder.glob("*/.*.tmp"):  # of a pull that was killed
         left.unlink()
-    todo = [one for one in found if not (folder / one[0]).is_file()]
-    counts, bad = Counter({"there": len(found) - len(todo)}), []
+    todo = [name for name in cines if not (folder / name).is_file()]
+    counts, bad = Counter({"there": len(cines) - len(todo)}), []
     try:
-        for (name, _), why in _each(todo, lambda one: archive.fetch(*one[1], folder / one[0])):
+        for name, why in _each(todo, lambda name: archive.fetch(*cines[name], folder / name)):
             counts["set aside" if why else "fetched"] += 1
             if why:
                 bad.append((name, why))
@@ -108,7 +105,7 @@ def pull(
 def push(folder: str | Path, url: str, *, plain_http: bool = False) -> Counter[str]:
     """Stores a folder's DICOM files; what became of each stands in pushed.csv beside them.
 
-    May be repeated: an instance that the archive has counts as stored.
+    This may be repeated: an instance that the archive has counts as stored.
 
     Args:
         folder: such as ``discovr-monai labels --dicom`` writes.
@@ -123,8 +120,7 @@ def push(folder: str | Path, url: str, *, plain_http: bool = False) -> Counter[s
     archive, folder = Archive(url, plain_http), Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder.name!r} is no folder. Give the one with the DICOM files")
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    files = [p for p in files if is_dicom(p)]
+    files = [p for p in sorted(folder.rglob("[!.]*")) if p.is_file() and is_dicom(p)]
     if not files:
         raise ValueError(f"{folder.name!r} holds no DICOM: write it by labels --dicom")
     counts: Counter[str] = Counter()
@@ -139,17 +135,17 @@ def push(folder: str | Path, url: str, *, plain_http: bool = False) -> Counter[s
 
 
 class Archive:
-    """A DICOMweb archive, and all that may go wrong with it as :class:`ArchiveError`.
+    """A DICOMweb archive; everything that goes wrong with it becomes an :class:`ArchiveError`.
 
-    Credentials come from the environment: a bearer token, or a user and a password. They are sent
-    nowhere else: redirects are not followed.
+    Credentials come from the environment: a bearer token, or a user and a password. As redirects
+    are not followed, they are sent to nobody else.
 
     Args:
-        url: its root, such as https://HOST/dicom-web.
+        url: the archive's root, such as https://HOST/dicom-web.
         plain_http: see :func:`pull`.
 
     Raises:
-        ValueError: for an address that is none, or not safe.
+        ValueError: the address is none, or is not safe.
     """
 
     def __init__(self, url: str, plain_http: bool = False) -> None:
@@ -158,14 +154,14 @@ class Archive:
             raise ValueError("the archive's address must be like https://HOST/dicom-web")
         if "@" in parts.netloc:
             raise ValueError(f"the address holds credentials: set {USER} and {PASSWORD} instead")
-        here = is_loopback(parts.hostname)
-        if parts.scheme == "http" and not here and not plain_http:
+        local = is_loopback(parts.hostname)
+        if parts.scheme == "http" and not local and not plain_http:
             raise ValueError(
                 f"http to {parts.hostname} can be read on the way: use https, or --plain-http "
                 "where the network is trusted"
             )
         self.host = parts.netloc
-        self.client = self._client(url.rstrip("/"), proxies=not here)
+        self.client = self._client(url.rstrip("/"), proxies=not local)
 
     @staticmethod
     def _client(url: str, proxies: bool) -> Any:
@@ -178,22 +174,26 @@ class Archive:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         header = credentials()
 
-        def sign(request: Any) -> Any:  # even if it is empty, else ~/.netrc would be looked into
+        def sign(request: Any) -> Any:  # set even without a header: ~/.netrc is left alone
             if header:
                 request.headers["Authorization"] = header
             return request
 
-        def plain(response: Any, **_: Any) -> None:
-            """The client knows this type by its bare name only."""
+        def shorten_type(response: Any, **_: Any) -> None:
+            """The client does not know this type with a character set behind it."""
             if response.headers.get("Content-Type", "").startswith("application/dicom+json"):
                 response.headers["Content-Type"] = "application/dicom+json"
 
         session = requests.Session()
         session.auth, session.trust_env, session.max_redirects = sign, proxies, 0
         session.headers["Accept"] = "application/dicom+json"
-        # in one piece: a server may not take chunks
         client = DICOMwebClient(
-            url, session, callback=plain, chunk_size=1 << 31, permissive_uid=True, timeout=SECONDS
+            url,
+            session,
+            callback=shorten_type,
+            chunk_size=1 << 31,  # requests go in one piece: some servers take no chunks
+            permissive_uid=True,
+            timeout=TIMEOUTS,
         )
         client.set_http_retry_params(retry=False)
         return client
@@ -225,37 +225,37 @@ class Archive:
         for study, patient in product(studies or [""], patients or [""]):
             wanted = {"StudyInstanceUID": study, "PatientID": patient}
             for entry in self._search(self.client.search_for_studies, STUDY, wanted):
-                # not asked for: Orthanc 1.10 loses studies of a page then, others refuse
+                # a filter by modality makes Orthanc 1.10 lose studies of a page, and others refuse
                 if "US" in (entry.get(MODALITIES, {}).get("Value") or ["US"]):
                     chosen[_value(entry, STUDY)] = None
-        found = []
+        cines = []
         for study in tqdm(chosen, desc="studies looked at", disable=None):
             for entry in self._search(
                 self.client.search_for_series, SERIES, {"Modality": "US"}, study
             ):
                 series = _value(entry, SERIES)
-                if _value(entry, MODALITY) not in ("", "US"):  # some ignore what was asked for
+                if _value(entry, MODALITY) not in ("", "US"):  # some ignore the filter
                     continue
                 for one in self._search(
                     self.client.search_for_instances, INSTANCE, {}, study, series
                 ):
                     if is_multiframe(one):
-                        found.append((study, series, _value(one, INSTANCE)))
-        return found
+                        cines.append((study, series, _value(one, INSTANCE)))
+        return cines
 
     def _search(
         self, search: Callable[..., Any], key: str, wanted: dict[str, str], *within: str
     ) -> list[dict[str, Any]]:
-        """All results, page by page, by their UID ``key``."""
+        """All results, fetched page by page; each has a UID at the tag ``key``."""
         filters = {name: value for name, value in wanted.items() if value}
         fields = ["NumberOfFrames"] if key == INSTANCE else None
-        found: dict[str, dict[str, Any]] = {}
-        seen, last = 0, None
+        entries: dict[str, dict[str, Any]] = {}
+        offset, last = 0, None
         while True:
             try:
                 with self._asking():
                     page = search(
-                        *within, limit=PAGE, offset=seen, fields=fields, search_filters=filters
+                        *within, limit=PAGE, offset=offset, fields=fields, search_filters=filters
                     )
                     new = {_value(entry, key): entry for entry in page}
                     if "" in new:
@@ -267,15 +267,15 @@ class Archive:
                     f"{error} to a DICOMweb search: check the address (Orthanc's ends in "
                     "/dicom-web)"
                 ) from None
-            if not page or page == last:  # the end, or no pages are known there
-                return list(found.values())
-            seen, last = seen + len(page), page
-            found |= new  # Orthanc lists a study once for each patient it is filed under
+            if not page or page == last:  # the end, or a server that knows no offset
+                return list(entries.values())
+            offset, last = offset + len(page), page
+            entries |= new  # Orthanc lists a study once for each patient it is filed under
 
     def fetch(self, study: str, series: str, instance: str, path: Path) -> None:
-        """One instance into a file, whole or not at all, compressed as it is stored."""
+        """Fetches one instance into a file, whole or not at all, compressed as it is stored."""
         if not all(UID.fullmatch(uid) for uid in (study, series, instance)):
-            raise ArchiveError("its UIDs are not valid")  # and are no names of files
+            raise ArchiveError("its UIDs are not valid")  # they could lead out of the folder
         with self._asking():
             dataset = self.client.retrieve_instance(
                 study, series, instance, media_types=(("application/dicom", "*"),)
@@ -287,7 +287,7 @@ class Archive:
             save_atomic(dataset.save_as, path)
 
     def store(self, path: Path) -> None:
-        """One DICOM file into the archive."""
+        """Stores one DICOM file."""
         import pydicom
         from requests.exceptions import HTTPError
 
@@ -311,7 +311,7 @@ class Archive:
 
 
 def credentials() -> str:
-    """The header that the environment gives; "" without."""
+    """The Authorization header that the environment gives; "" without."""
     token, user, password = (os.environ.get(n, "").strip() for n in (TOKEN, USER, PASSWORD))
     if token:
         return f"Bearer {token}"
@@ -322,42 +322,39 @@ def credentials() -> str:
 
 def failure(error: Any, host: str) -> ArchiveError:
     """A sentence for what requests raises; its own would quote addresses with UIDs."""
-    from requests import exceptions as known
+    from requests import exceptions
 
-    if isinstance(error, known.HTTPError):
+    away = final = False
+    if isinstance(error, exceptions.HTTPError):
         code: int = getattr(error.response, "status_code", 0)
-        if code in (401, 403):
-            return ArchiveError(
-                f"{host} wants other credentials ({code}): set {TOKEN}, or {USER} and {PASSWORD}",
-                final=True,
-            )
-        return ArchiveError(f"{host} answers {code}", away=code in BUSY)
-    if isinstance(error, known.SSLError):
-        return ArchiveError(
-            f"the certificate of {host} is not trusted: name its authority in REQUESTS_CA_BUNDLE",
-            final=True,
-        )
-    if isinstance(error, known.TooManyRedirects):
-        return ArchiveError(
-            f"{host} leads elsewhere (redirect): give the address where it ends", final=True
-        )
-    if isinstance(error, known.JSONDecodeError):
-        return ArchiveError(f"{host} answers no JSON")
-    return ArchiveError(
-        f"{host} does not answer ({type(error).__name__}): is it running, and the address right?",
-        away=True,
-    )
+        away, final = code in BUSY, code in (401, 403)
+        sentence = f"{host} answers {code}"
+        if final:
+            remedy = f"set {TOKEN}, or {USER} and {PASSWORD}"
+            sentence = f"{host} wants other credentials ({code}): {remedy}"
+    elif isinstance(error, exceptions.SSLError):
+        remedy = "name its authority in REQUESTS_CA_BUNDLE"
+        sentence, final = f"the certificate of {host} is not trusted: {remedy}", True
+    elif isinstance(error, exceptions.TooManyRedirects):
+        remedy = "give the address where it ends"
+        sentence, final = f"{host} leads elsewhere (redirect): {remedy}", True
+    elif isinstance(error, exceptions.JSONDecodeError):
+        sentence = f"{host} answers no JSON"
+    else:
+        remedy = "is it running, and the address right?"
+        sentence, away = f"{host} does not answer ({type(error).__name__}): {remedy}", True
+    return ArchiveError(sentence, away=away, final=final)
 
 
 def is_multiframe(entry: dict[str, Any]) -> bool:
-    """Whether a search's result is a cine: by its class, or its frames where they are told."""
+    """Whether a search's result is a cine, by its class and, where known, its number of frames."""
     frames, kind = _value(entry, FRAMES), _value(entry, SOP_CLASS)
     many = frames.isdigit() and int(frames) > 1
     return (kind in CINES and (many or not frames)) or (kind in STILLS and many)
 
 
 def is_whole(dataset: Any) -> bool:
-    """Whether all pixels are there; pydicom reads a file that is cut short without them."""
+    """Whether all pixels are there: pydicom reads a file that is cut short without them."""
     from pydicom.pixels.utils import get_expected_length
 
     pixels = dataset.get("PixelData")
@@ -372,10 +369,10 @@ def _value(entry: Any, tag: str) -> str:
 
 
 def _each(items: Sequence[T], work: Callable[[T], None]) -> Iterator[tuple[T, str]]:
-    """Does one after the other, and says of each why it could not be done ("" if it was).
+    """Works on one item after the other, and says why each could not be done ("" if it was).
 
     Raises:
-        ArchiveError: where the rest would fail as well.
+        ArchiveError: the rest would fail as well, or the archive did not answer twice in a row.
     """
     from tqdm import tqdm
 
