@@ -287,13 +287,12 @@ def export_labels(
 
     Args:
         work: what a server presented.
-        out: gets NAME.nii.gz or NAME.dcm for the source NAME. Names are as identifying as the
-            archive's, and so are the headers of DICOM.
+        out: gets NAME.nii.gz or NAME.dcm for the source NAME; names, and the headers of DICOM, are
+            as identifying as the archive's.
         tag: which labels: "final" (a person's), "original" or another (a model's).
-        source: the archive, for the geometry of NIfTI sources; None takes what was presented.
-            DICOM needs it.
-        structures: names of labels 1, 2, ..., where a label does not say its own. Where they are
-            given, DICOM is written.
+        source: the archive; DICOM needs it. None takes the geometry of what was presented.
+        structures: writes DICOM, with these names of labels 1, 2, ... where a label does not say
+            its own; None writes NIfTI.
 
     Returns:
         The sources' relative names, and what was written for each: "NIfTI", "segmentation",
@@ -325,14 +324,11 @@ def export_labels(
                 written[name] = "NIfTI"
             else:
                 info = infos.get(identity, {})
+                names = structure_names(info) or structures
+                model = str(info.get("model") or f"MONAI Label {tag}")
+                target, corrected = out / f"{name}.dcm", tag == FINAL
                 written[name] = write_dicom_labels(
-                    out / f"{name}.dcm",
-                    labels,
-                    structure_names(info) or structures,
-                    like,
-                    str(info.get("model") or f"MONAI Label {tag}"),
-                    name=name,
-                    corrected=tag == FINAL,
+                    target, labels, names, like, model, name=name, corrected=corrected
                 )
         except ValueError as error:
             problem = error.problem if isinstance(error, CineError) else str(error)

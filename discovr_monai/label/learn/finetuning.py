@@ -173,9 +173,8 @@ def finetune(
     Args:
         versions: where the serving version is, and the new one goes.
         loader: reads the cines, at the size that the network takes.
-        rows: each with "id", "image", "mask" (see
-            :func:`~discovr_monai.data.read.masks.read_masks`; frames that nobody labelled are 0),
-            and "view" and "patient" where known.
+        rows: each with "id", "image", "mask" (labels of the image; 0 in frames that nobody
+            labelled), and "view" and "patient" where known.
         settings: how.
         device: where.
         tracking_uri: MLflow's store, None for none.
@@ -185,8 +184,7 @@ def finetune(
         ValueError, CineError, CheckpointError: with what to do; the serving version goes on.
     """
     sections = deal(rows, settings.held_out)
-    if settings.part == "blocks":
-        _check_blocks(sections["training"])
+    _check_blocks(settings, sections["training"])
     served = versions.current
     file = versions.checked_path(served)
     model = load_model(file).to(device)
@@ -223,12 +221,14 @@ def finetune(
 # ---- parts ---------------------------------------------------------------------------------
 
 
-def _check_blocks(rows: Sequence[DatalistRow]) -> None:
+def _check_blocks(settings: FinetuningSettings, rows: Sequence[DatalistRow]) -> None:
     """A changed encoder sees all cines anew, so enough of them, of known views, are needed.
 
     Raises:
         ValueError: it could not be said which cines and views are familiar to it.
     """
+    if settings.part != "blocks":
+        return
     if len(rows) < FAMILIAR_CINES:
         raise ValueError(
             f"{len(rows)} cines are too few to train the encoder's blocks (at least "
