@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.requests import ClientDisconnect, Request
@@ -29,12 +29,12 @@ class Limits:
     """What one request may take.
 
     Attributes:
-        upload: Bytes of a request that sends files.
-        body: Bytes of any other request.
-        pause: Seconds between two pieces of a request.
-        seconds: Seconds until the answer to a request begins.
-        slow_seconds: The same for an inference.
-        slowest: Bytes per second at which a request must arrive to be given more time.
+        upload: bytes of a request that sends files.
+        body: bytes of any other request.
+        pause: seconds between two pieces of a request.
+        seconds: until the answer to a request begins.
+        slow_seconds: the same for an inference.
+        slowest: bytes per second at which a request must arrive to be given more time.
     """
 
     upload: int = 1 << 30
@@ -53,7 +53,61 @@ class _RefusedError(Exception):
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
-        self.status, self.sentence = status, sentence
+        self.status = status
+
+
+class _Exchange:
+    """One request and its answer, held to the limits of size and time.
+
+    A refusal is raised in the app's reading or writing. The app may catch it and answer by itself:
+    then :meth:`send` raises it again, so that the app's answer does not hide it.
+    """
+
+    def __init__(self, receive: Receive, send: Send, limits: Limits) -> None:
+        self._receive, self._send, self._limits = receive, send, limits
+        self.timer: asyncio.Timeout | None = None  # until the answer begins
+        self.begun = False  # the answer
+        self._most = limits.body
+        self._received, self._complete = 0, False
+        self._refusal: _RefusedError | None = None
+
+    def expect(self, headers: dict[str, str]) -> None:
+        """Refuses a request by the size that it declares."""
+        if headers.get("content-type", "").startswith("multipart/form-data"):
+            self._most = self._limits.upload
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self._most:
+            self._refuse(413, f"a request may have {self._most} bytes")
+
+    async def receive(self) -> Message:
+        """The next piece of the request; every piece wins some time."""
+        if self._complete:  # the next message says that the client has gone, whenever that is
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), self._limits.pause)
+        except TimeoutError:
+            self._refuse(408, "the request stopped coming")
+        size = len(message.get("body", b""))
+        self._received += size
+        if self._received > self._most:
+            self._refuse(413, f"a request may have {self._most} bytes")
+        self._complete = not message.get("more_body", False)
+        if self.timer and not self.timer.expired() and (end := self.timer.when()) is not None:
+            self.timer.reschedule(end + size / self._limits.slowest)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Sends a piece of the answer, if nothing was refused; it may take any time."""
+        if self._refusal and not self.begun:
+            raise self._refusal
+        self.begun = True
+        if self.timer and not self.timer.expired():
+            self.timer.reschedule(None)
+        await self._send(message)
+
+    def _refuse(self, status: int, sentence: str) -> NoReturn:
+        self._refusal = _RefusedError(status, sentence)
+        raise self._refusal
 
 
 class Guard:
@@ -64,12 +118,12 @@ class Guard:
     Pages of another origin are always refused.
 
     Args:
-        app: The guarded application.
-        token: At least 16 letters, or "" for none.
-        limits: What one request may take.
+        app: the guarded application.
+        token: at least 16 letters, or "" for none.
+        limits: what one request may take.
 
     Raises:
-        ValueError: The token is too short.
+        ValueError: the token is too short.
     """
 
     def __init__(self, app: ASGIApp, token: str = "", limits: Limits = Limits()) -> None:
@@ -84,32 +138,28 @@ class Guard:
             return
         if scope["type"] != "http":
             return  # no websockets
-        begun = False
-        late: list[_RefusedError] = []  # raised while the app read: its answer must not hide it
-
-        async def send_unless_refused(message: Message) -> None:
-            nonlocal begun
-            if late and not begun:
-                raise late[0]
-            begun = True
-            await send(message)
-
+        exchange, path = _Exchange(receive, send, self.limits), scope["path"]
+        app = self._log_in if path.startswith("/auth/") else self.app
+        slow = path.startswith("/infer/")
+        seconds = self.limits.slow_seconds if slow else self.limits.seconds
+        refusal = None
         try:
             headers = _headers(scope)
-            self._check(scope["path"], headers)
-            bounded = self._bounded(headers, receive, late)
-            if scope["path"].startswith("/auth/"):
-                answer = await self._log_in(Request(scope, bounded))
-                await answer(scope, bounded, send_unless_refused)
-            else:
-                await self._in_time(scope, bounded, send_unless_refused)
+            self._check(path, headers)
+            exchange.expect(headers)
+            async with asyncio.timeout(seconds) as exchange.timer:
+                await app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             return  # nobody waits for the answer
-        except _RefusedError as refused:
-            if not begun:
-                await _answer({"detail": refused.sentence}, refused.status)(scope, receive, send)
+        except TimeoutError:
+            refusal = _RefusedError(504, f"no answer within {seconds:g} s")
+        except _RefusedError as error:
+            refusal = error
+        if refusal and not exchange.begun:
+            await _answer({"detail": str(refusal)}, refusal.status)(scope, receive, send)
 
     def _check(self, path: str, headers: dict[str, str]) -> None:
+        """Refuses other names of this machine, pages of other sites, and who has no token."""
         host = headers.get("host", "")
         if not self.token and _host_name(host) not in LOCAL_NAMES:
             raise _RefusedError(403, "this server answers to localhost only")
@@ -126,71 +176,21 @@ class Guard:
         """Compares in a time that does not depend on where the two differ."""
         return hmac.compare_digest(value.encode(), self.token.encode())
 
-    def _bounded(
-        self, headers: dict[str, str], receive: Receive, late: list[_RefusedError]
-    ) -> Receive:
-        """A ``receive`` that raises, and notes in ``late``, what exceeds size or pause."""
-        sends_files = headers.get("content-type", "").startswith("multipart/form-data")
-        most = self.limits.upload if sends_files else self.limits.body
-        too_large = _RefusedError(413, f"a request may have {most} bytes")
-        length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > most:
-            raise too_large
-        received, complete = 0, False
-
-        async def bounded() -> Message:
-            nonlocal received, complete
-            if complete:  # the next message says that the client has gone, whenever that is
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), self.limits.pause)
-            except TimeoutError:
-                late.append(_RefusedError(408, "the request stopped coming"))
-                raise late[0] from None
-            received += len(message.get("body", b""))
-            if received > most:
-                late.append(too_large)
-                raise too_large
-            complete = not message.get("more_body", False)
-            return message
-
-        return bounded
-
-    async def _in_time(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the app until its answer begins; bytes that arrive fast enough win more time."""
-        slow = scope["path"].startswith("/infer/")
-        seconds = self.limits.slow_seconds if slow else self.limits.seconds
-        try:
-            async with asyncio.timeout(seconds) as limit:
-
-                async def begin(message: Message) -> None:
-                    if not limit.expired():
-                        limit.reschedule(None)
-                    await send(message)
-
-                async def receive_and_extend() -> Message:
-                    message = await receive()
-                    if not limit.expired() and (end := limit.when()) is not None:
-                        limit.reschedule(end + len(message.get("body", b"")) / self.limits.slowest)
-                    return message
-
-                await self.app(scope, receive_and_extend, begin)
-        except TimeoutError:
-            raise _RefusedError(504, f"no answer within {seconds:g} s") from None
-
-    async def _log_in(self, request: Request) -> JSONResponse:
+    async def _log_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         """MONAI Label's clients log in here, with any user name and the token as password."""
-        route = request.method, request.scope["path"]  # request.url depends on the Host header
+        route = scope["method"], scope["path"]
         if route == ("GET", "/auth/"):
-            return _answer({"enabled": bool(self.token), "client_id": "", "realm": ""})
-        if route == ("GET", "/auth/token/valid"):
-            return _answer({"username": "annotator"})
-        if route == ("POST", "/auth/token") and self.token:
-            form = parse_qs((await request.body()).decode("latin-1"))
+            content: dict[str, Any] = {"enabled": bool(self.token), "client_id": "", "realm": ""}
+        elif route == ("GET", "/auth/token/valid"):
+            content = {"username": "annotator"}
+        elif route == ("POST", "/auth/token") and self.token:
+            form = parse_qs((await Request(scope, receive).body()).decode("latin-1"))
             if not self._is_token(form.get("password", [""])[0]):
                 raise _RefusedError(401, "this is not the token that the server printed")
-            return _answer({"access_token": self.token, "token_type": "bearer"})
-        raise _RefusedError(404, "Not Found")
+            content = {"access_token": self.token, "token_type": "bearer"}
+        else:
+            raise _RefusedError(404, "Not Found")
+        await _answer(content)(scope, receive, send)
 
 
 def _headers(scope: Scope) -> dict[str, str]:
