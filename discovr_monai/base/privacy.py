@@ -9,6 +9,8 @@ import os
 import secrets
 from pathlib import Path
 
+from discovr_monai.base.files import PRIVATE, write_text
+
 SALT_VARIABLE = "DISCOVR_MONAI_SALT"
 
 
@@ -27,16 +29,7 @@ def load_salt(path: str | Path | None = None) -> bytes:
     file = Path(path) if path is not None else config / "discovr-monai" / "salt"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as out:
-            out.write(secrets.token_hex(32))
-        try:
-            os.link(temporary, file)  # atomic, and never replaces another process's salt
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+        write_text(file, secrets.token_hex(32), mode=PRIVATE, replace=False)
     return file.read_text().strip().encode()
 
 

@@ -145,7 +145,7 @@ def make_store(tracking_uri: str) -> None:
     from sqlalchemy.pool import Pool
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    ending = f".{os.getpid()}.tmp"
+    ending = f".{uuid.uuid4().hex}.tmp"
     temporary = file.with_name(file.name + ending)
     event.listen(Pool, "connect", _never_wait)
     try:

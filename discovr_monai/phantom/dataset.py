@@ -12,9 +12,10 @@ import io
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from discovr_monai.base.distributed import barrier, rank
+from discovr_monai.base.files import save_atomic, write_text
 from discovr_monai.phantom.heart import DISCS, POPULATIONS, Heart, draw_beat, draw_heart
 from discovr_monai.phantom.ultrasound import Scanner, draw_probe
 
@@ -197,16 +199,6 @@ def plan_dataset(seed: int, num_clips: int) -> list[_Plan]:
     ]
 
 
-def _write(path: Path, content: bytes | Callable[[Path], None]) -> None:
-    """Write a file under a temporary name and rename it, so that no half file is ever seen."""
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    if callable(content):
-        content(part)
-    else:
-        part.write_bytes(content)
-    part.replace(path)
-
-
 def encode_avi(frames: np.ndarray, fps: float, path: Path) -> None:
     """Write grey frames as MJPEG in AVI with neutral chroma."""
     import av
@@ -238,10 +230,11 @@ def _make_clip(job: tuple[str, dict[str, Any], _Plan]) -> dict[str, Any]:
     )
     video, mask = root / "Videos" / f"{plan.name}.avi", root / "Masks" / f"{plan.name}.npz"
     if not video.exists():
-        _write(video, lambda part: encode_avi(scanner.cine(), scanner.beat.fps, part))
+        cine = scanner.cine()
+        save_atomic(partial(encode_avi, cine, scanner.beat.fps), video, durable=False)
     if not mask.exists():
         masks = np.stack([scanner.mask(t) for t in range(settings["num_frames"])])
-        _write(mask, lambda part: np.savez_compressed(part, mask=masks))
+        save_atomic(partial(_save_masks, masks), mask, durable=False)
     beat, p = scanner.beat, scanner.heart.parameters
     volumes = scanner.heart.volumes(scanner.activation) * scanner.probe.foreshorten
     edv, esv = float(volumes[beat.ed_frame]), float(volumes[beat.es_frame])
@@ -262,6 +255,11 @@ def _make_clip(job: tuple[str, dict[str, Any], _Plan]) -> dict[str, Any]:
     }
 
 
+def _save_masks(masks: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:  # savez would add .npz to the name of a temporary file
+        np.savez_compressed(file, mask=masks)
+
+
 def _map(jobs: Sequence[Any], workers: int) -> Iterable[dict[str, Any]]:
     """Results of the jobs in order, from this process or from spawned ones."""
     if workers <= 1:
@@ -271,12 +269,12 @@ def _map(jobs: Sequence[Any], workers: int) -> Iterable[dict[str, Any]]:
         yield from pool.imap(_make_clip, jobs)
 
 
-def _table(header: str, rows: Iterable[Sequence[Any]]) -> bytes:
+def _table(header: str, rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header.split(","))
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue()
 
 
 def _write_tables(root: Path, clips: list[dict[str, Any]], settings: dict[str, Any]) -> None:
@@ -303,9 +301,9 @@ def _write_tables(root: Path, clips: list[dict[str, Any]], settings: dict[str, A
         )
         for c in clips
     ]
-    _write(root / "FileList.csv", _table(FILE_LIST, listing))
-    _write(root / "VolumeTracings.csv", _table(TRACINGS, tracings))
-    _write(root / "Phantom.csv", _table(TRUTH, truth))
+    write_text(root / "FileList.csv", _table(FILE_LIST, listing))
+    write_text(root / "VolumeTracings.csv", _table(TRACINGS, tracings))
+    write_text(root / "Phantom.csv", _table(TRUTH, truth))
 
 
 def _datalist(clips: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
@@ -355,7 +353,7 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
             f"{root.name} holds files that are not a phantom's; name a new or empty folder"
         )
     root.mkdir(parents=True, exist_ok=True)
-    _write(stamp, json.dumps(settings, indent=1).encode())
+    write_text(stamp, json.dumps(settings, indent=1))
 
 
 def write_phantom_dataset(
@@ -420,7 +418,7 @@ def write_phantom_dataset(
     results = _map(jobs, workers)
     clips = list(tqdm(results, total=num_clips, desc="phantom", disable=not progress))
     _write_tables(root, clips, settings)
-    _write(root / "datalist.json", json.dumps(_datalist(clips, settings), indent=1).encode())
+    write_text(root / "datalist.json", json.dumps(_datalist(clips, settings), indent=1))
     return root
 
 

@@ -20,11 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from discovr_monai.base.engine import run_isolated
-from discovr_monai.base.files import read_journal, write_text
+from discovr_monai.base.files import read_journal, save_array, write_text
 from discovr_monai.base.privacy import load_salt, salted_id
 from discovr_monai.base.tables import write_table
 from discovr_monai.base.types import CineError, DatalistRow
@@ -180,7 +179,7 @@ def prepare_file(name: str, settings: Settings) -> dict[str, Any]:
         if cine.spacing is not None:  # of the prepared frames
             scale = max(whole.frames.shape[1:3]) / settings.size
             row["spacing"] = [round(s * scale, 5) for s in cine.spacing]
-        _save(settings.out / row["image"], frames)
+        save_array(settings.out / row["image"], frames, durable=False)
         if settings.dicom:
             _save_dicom(whole, row, settings)
     except OSError as error:
@@ -220,14 +219,6 @@ def _describe(
         "patient_id": patient_id, "study_uid": study,
     }  # fmt: skip
     return row, about
-
-
-def _save(path: Path, frames: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.save(file, frames, allow_pickle=False)
-    temporary.replace(path)
 
 
 def _save_dicom(cine: Any, row: DatalistRow, settings: Settings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from discovr_monai.base.files import save_atomic, write_text
 from discovr_monai.base.types import CineError, DatalistRow
 
 
@@ -64,9 +64,7 @@ def pack(
             moved[section].append({**row, "image": name, "first": position})
             position += row["num_frames"]
     about = {k: v for k, v in content.items() if not isinstance(v, list)}
-    temporary = out / f".datalist.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps({**about, **moved}))
-    temporary.replace(out / "datalist.json")
+    write_text(out / "datalist.json", json.dumps({**about, **moved}))
     return len(plan)
 
 
@@ -100,7 +98,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out.name!r} holds other files. Name a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps(settings))
+    write_text(stamp, json.dumps(settings))
 
 
 def _write_shard(
@@ -109,21 +107,25 @@ def _write_shard(
     if path.exists():
         return
     total = sum(r["num_frames"] for r in rows)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (total, *size)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for source, row in zip(files, rows, strict=True):
-            try:
-                cine = np.load(source, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise CineError(
-                    row["image"], "it is missing or damaged", "Prepare it again"
-                ) from error
-            if cine.shape != (row["num_frames"], *size) or cine.dtype != np.uint8:
-                raise CineError(
-                    row["image"], f"it is {cine.dtype} of {cine.shape}, not of {size}",
-                    "Prepare the archive again",
-                )  # fmt: skip
-            file.write(cine.tobytes())
-    temporary.replace(path)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as shard:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (total, *size)}
+            np.lib.format.write_array_header_1_0(shard, header)
+            for source, row in zip(files, rows, strict=True):
+                shard.write(_frames_of(source, row, size).tobytes())
+
+    save_atomic(write, path)
+
+
+def _frames_of(source: Path, row: DatalistRow, size: tuple[int, ...]) -> np.ndarray:
+    try:
+        cine = np.load(source, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CineError(row["image"], "it is missing or damaged", "Prepare it again") from error
+    if cine.shape != (row["num_frames"], *size) or cine.dtype != np.uint8:
+        raise CineError(
+            row["image"], f"it is {cine.dtype} of {cine.shape}, not of {size}",
+            "Prepare the archive again",
+        )  # fmt: skip
+    return np.asarray(cine)

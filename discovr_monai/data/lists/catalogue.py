@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import pkgutil
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from discovr_monai.base.files import write_text
 from discovr_monai.base.privacy import load_salt, salted_id
 from discovr_monai.base.tables import write_table
 from discovr_monai.base.types import CineError, DatalistRow
@@ -54,7 +54,6 @@ class Catalogue:
             The path of the report, None if nothing was set aside.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content: dict[str, Any] = {
             "name": self.name,
             "description": f"{self.name} by discovr-monai; patients and studies are salted ids",
@@ -63,9 +62,7 @@ class Catalogue:
             "modality": {"0": "US"},
             **self.sections,
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(path)
+        write_text(path, json.dumps(content, indent=1))
         report = path.with_name(f"{path.stem}.set_aside.csv")
         if not self.set_aside:
             report.unlink(missing_ok=True)

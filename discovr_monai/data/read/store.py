@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from discovr_monai.base.files import save_array, write_text
 from discovr_monai.base.types import Cine, PreparedCine
 
 VERSION = 4
@@ -91,8 +92,8 @@ class CineStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._make_room(cine.frames.nbytes)
             about = json.dumps({k: v for k, v in cine._asdict().items() if k != "frames"})
-            self._put(entry.with_suffix(".json"), lambda file: file.write(about.encode()))
-            self._put(entry, lambda file: np.save(file, cine.frames, allow_pickle=False))
+            write_text(entry.with_suffix(".json"), about, durable=False)
+            save_array(entry, cine.frames, durable=False)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise
@@ -102,18 +103,6 @@ class CineStore:
                 "Free space or set cache_dir to another disk",
                 stacklevel=2,
             )
-
-    @staticmethod
-    def _put(path: Path, write: Callable) -> None:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                write(file)
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
 
     def _make_room(self, wanted: int) -> None:
         """Evicts until ``wanted`` more bytes fit; rescans the folder only when it must."""

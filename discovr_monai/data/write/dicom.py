@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from discovr_monai import __version__
+from discovr_monai.base.files import save_atomic
 
 ROOT = "2.25."  # UIDs made of random 128-bit numbers
 
@@ -57,8 +58,7 @@ def write_dicom(
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = UltrasoundMultiFrameImageStorage
     meta.MediaStorageSOPInstanceUID = instance
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    dataset = FileDataset(str(temporary), {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
     dataset.SOPClassUID, dataset.SOPInstanceUID = UltrasoundMultiFrameImageStorage, instance
     dataset.StudyInstanceUID = uids.get("study") or generate_uid(None)
     dataset.SeriesInstanceUID = uids.get("series") or generate_uid(None)
@@ -98,9 +98,7 @@ def write_dicom(
         setattr(dataset, name, value)
     pixels = np.ascontiguousarray(frames).tobytes()
     dataset.PixelData = pixels + b"\0" * (len(pixels) % 2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dataset.save_as(temporary, enforce_file_format=True)
-    temporary.replace(path)
+    save_atomic(partial(dataset.save_as, enforce_file_format=True), path, durable=False)
 
 
 def deidentified_tags(patient: str) -> dict[str, Any]:

@@ -7,17 +7,18 @@ identifying as the source: keep it beside it, never in anything that is shared.
 from __future__ import annotations
 
 import hashlib
-import os
 import uuid
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from discovr_monai import __version__
+from discovr_monai.base.files import save_atomic
 from discovr_monai.base.notice import NOTICE
 from discovr_monai.base.types import CineError
 from discovr_monai.data.read.dicom import open_dicom
@@ -408,10 +409,4 @@ def save_dataset(dataset: Any, pixels: bytes, path: Path) -> None:
     meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.file_meta = meta
     dataset.add_new("PixelData", "OB", pixels + b"\0" * (len(pixels) % 2))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        dataset.save_as(temporary, enforce_file_format=True)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_atomic(partial(dataset.save_as, enforce_file_format=True), path)
