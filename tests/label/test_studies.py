@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 
@@ -175,6 +176,19 @@ def test_folders_of_others_are_refused(tmp_path, archive):
         Studies(archive.root, tmp_path / "mine", b"other").prepare()
     with pytest.raises(NotADirectoryError, match="'nowhere' does not exist"):
         Studies(tmp_path / "nowhere", work, b"salt").prepare()
+
+
+def test_a_folder_of_shorter_ids_goes_on_with_them(tmp_path, archive, monkeypatch):
+    monkeypatch.setattr(module, "run_isolated", here)
+    studies = Studies(archive.root, tmp_path / "work", b"salt")
+    studies.prepare()
+    owner = studies.private / "studies.json"
+    owner.write_text(json.dumps({k: v[:8] for k, v in json.loads(owner.read_text()).items()}))
+    studies.prepare()
+    for record in studies.present():
+        long = salted_id(record["name"], b"salt")
+        assert record["id"] == long[:8] != long
+        assert "bad" in record or len(record["patient"]) == len(record["study"]) == 8
 
 
 def test_what_a_kill_left_is_cleared(tmp_path, archive):

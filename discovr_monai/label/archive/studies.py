@@ -70,6 +70,21 @@ class Studies:
         """Of the cines that were presented or set aside; the last entry of an id counts."""
         return self.private / "cines.jsonl"
 
+    @property
+    def _owner(self) -> Path:
+        """Says whose cines the folder presents, and by which salt."""
+        return self.private / "studies.json"
+
+    @property
+    def digits(self) -> int:
+        """Of the ids; a folder of an earlier release goes on with the fewer that it has.
+
+        The shorter id of a cine or patient is the beginning of the longer one.
+        """
+        if self._owner.is_file():
+            return len(json.loads(self._owner.read_text())["salt"])
+        return len(salted_id("", self.salt))
+
     def prepare(self) -> None:
         """Makes the folders, and clears what a killed server left.
 
@@ -88,18 +103,17 @@ class Studies:
                 )
         self.work.mkdir(parents=True, exist_ok=True)
         self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
-        owner = self.private / "studies.json"  # whose cines the folder presents, by which salt
         wanted = {
-            "source": salted_id(f"source {source}", self.salt),
-            "salt": salted_id("label", self.salt),
+            "source": salted_id(f"source {source}", self.salt)[: self.digits],
+            "salt": salted_id("label", self.salt)[: self.digits],
         }
-        if not owner.exists():
+        if not self._owner.exists():
             if any(not p.name.startswith(".") for p in self.work.iterdir()):
                 raise ValueError(
                     f"{self.work.name!r} holds other files. Name a new folder (--work)"
                 )
-            write_text(owner, json.dumps(wanted), mode=PRIVATE)
-        if json.loads(owner.read_text()) != wanted:
+            write_text(self._owner, json.dumps(wanted), mode=PRIVATE)
+        if json.loads(self._owner.read_text()) != wanted:
             raise ValueError(
                 f"{self.work.name!r} presents other studies, or ids of another salt "
                 "(DISCOVR_MONAI_SALT). Name another folder (--work)"
@@ -122,8 +136,9 @@ class Studies:
         """
         from discovr_monai.inference.plan import find_cines  # heavy, and readers do not need it
 
-        records = self.records()
-        rows = {salted_id(row["image"], self.salt): row for row in find_cines(self.source)[1]}
+        records, digits = self.records(), self.digits
+        cines = find_cines(self.source)[1]
+        rows = {salted_id(row["image"], self.salt)[:digits]: row for row in cines}
         todo = [
             (identity, row)
             for identity, row in rows.items()
@@ -197,7 +212,8 @@ def present_file(job: tuple[str, DatalistRow], studies: Studies) -> dict[str, An
         record["fps"] = row["fps"]
     if row.get("spacing"):
         record["spacing"] = list(row["spacing"])
-    return record | {"view": row.get("view"), "patient": patient, "study": study}
+    owners = {"patient": patient[: studies.digits], "study": study[: studies.digits]}
+    return record | {"view": row.get("view"), **owners}
 
 
 def presented(cine: Cine, source: Path, name: str) -> tuple[bytes, dict[str, Any]]:
