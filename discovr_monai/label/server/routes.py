@@ -35,35 +35,25 @@ logger = logging.getLogger(__name__)
 
 # What is served. Closed are models (upload, download), sessions (archives), proxy, logs, ohif,
 # whole-slide inference, reload, removal, and lists that name places on the server.
-DATASTORE = (
-    ("GET", "/datastore/"),
-    ("PUT", "/datastore/"),  # 3D Slicer's way to send an image
-    ("PUT", "/datastore/image"),
-    ("GET", "/datastore/image"),
-    ("HEAD", "/datastore/image"),
-    ("GET", "/datastore/image/info"),
-    ("PUT", "/datastore/image/info"),
-    ("PUT", "/datastore/label"),
-    ("GET", "/datastore/label"),
-    ("HEAD", "/datastore/label"),
-    ("GET", "/datastore/label/info"),
-    ("PUT", "/datastore/label/info"),
-    ("GET", "/datastore/dataset"),
-)
-TASKS = (
-    ("GET", "/info/"),
-    ("POST", "/infer/{model}"),
-    ("GET", "/batch/infer"),
-    ("POST", "/batch/infer/{model}"),
-    ("DELETE", "/batch/infer"),
-    ("POST", "/activelearning/{strategy}"),
-    ("GET", "/train/"),
-    ("POST", "/train/{model}"),
-    ("DELETE", "/train/"),
-    ("GET", "/scoring/"),
-    ("POST", "/scoring/{method}"),
-    ("DELETE", "/scoring/"),
-)
+DATASTORE = {
+    "/datastore/": "GET PUT",  # PUT is 3D Slicer's way to send an image
+    "/datastore/image": "GET HEAD PUT",
+    "/datastore/image/info": "GET PUT",
+    "/datastore/label": "GET HEAD PUT",
+    "/datastore/label/info": "GET PUT",
+    "/datastore/dataset": "GET",
+}
+TASKS = {
+    "/info/": "GET",
+    "/infer/{model}": "POST",
+    "/batch/infer": "GET DELETE",
+    "/batch/infer/{model}": "POST",
+    "/activelearning/{strategy}": "POST",
+    "/train/": "GET DELETE",
+    "/train/{model}": "POST",
+    "/scoring/": "GET DELETE",
+    "/scoring/{method}": "POST",
+}
 
 # ---- arguments -----------------------------------------------------------------------------
 
@@ -215,12 +205,12 @@ def without_places(answer: Any) -> Any:
 # ---- the application -----------------------------------------------------------------------
 
 
-def build(routers: Sequence[APIRouter], routes: Sequence[tuple[str, str]], app: Any) -> FastAPI:
+def build(routers: Sequence[APIRouter], routes: Mapping[str, str], app: Any) -> FastAPI:
     """Serves some routes of MONAI Label, and nothing else.
 
     Args:
         routers: MONAI Label's.
-        routes: (method, path).
+        routes: path -> methods.
         app: a MONAILabelApp, for the names of its parameters.
 
     Raises:
@@ -236,7 +226,8 @@ def build(routers: Sequence[APIRouter], routes: Sequence[tuple[str, str]], app: 
         for route in router.routes
         for method in route.methods  # type: ignore[attr-defined]
     }
-    for method, path in routes:
+    wanted = [(method, path) for path, methods in routes.items() for method in methods.split()]
+    for method, path in wanted:
         if (method, path) not in handlers:
             raise RuntimeError(f"MONAI Label has no {method} {path}: install monailabel==0.8.5")
         pool = slow if path.startswith("/infer/") else quick

@@ -161,7 +161,7 @@ def _application(app: Any) -> Any:
     from discovr_monai.label.server.routes import DATASTORE, TASKS, build
 
     modules = (activelearning, batch_infer, datastore, infer, info, scoring, train)
-    return build([module.router for module in modules], DATASTORE + TASKS, app)
+    return build([module.router for module in modules], DATASTORE | TASKS, app)
 
 
 def run(
