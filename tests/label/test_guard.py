@@ -170,6 +170,20 @@ def test_a_header_that_decides_may_not_come_twice():
     assert sent[0]["status"] == 400
 
 
+def test_a_client_that_hangs_up_while_it_logs_in_gets_no_answer():
+    scope = {"type": "http", "method": "POST", "path": "/auth/token", "headers": []}
+    sent = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Guard(echo, TOKEN)(scope, receive, send))
+    assert sent == []
+
+
 def test_loopback():
     assert all(map(is_loopback, ("127.0.0.1", "127.1.2.3", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.org", "")))

@@ -224,31 +224,25 @@ class Archive:
         chosen: dict[str, None] = {}
         for study, patient in product(studies or [""], patients or [""]):
             wanted = {"StudyInstanceUID": study, "PatientID": patient}
-            for entry in self._search(self.client.search_for_studies, STUDY, wanted):
+            for entry in self._search("studies", STUDY, **wanted):
                 # a filter by modality makes Orthanc 1.10 lose studies of a page, and others refuse
                 if "US" in (entry.get(MODALITIES, {}).get("Value") or ["US"]):
                     chosen[_value(entry, STUDY)] = None
         cines = []
         for study in tqdm(chosen, desc="studies looked at", disable=None):
-            for entry in self._search(
-                self.client.search_for_series, SERIES, {"Modality": "US"}, study
-            ):
+            for entry in self._search("series", SERIES, study, Modality="US"):
                 series = _value(entry, SERIES)
-                if _value(entry, MODALITY) not in ("", "US"):  # some ignore the filter
-                    continue
-                for one in self._search(
-                    self.client.search_for_instances, INSTANCE, {}, study, series
-                ):
-                    if is_multiframe(one):
-                        cines.append((study, series, _value(one, INSTANCE)))
+                if _value(entry, MODALITY) in ("", "US"):  # some ignore the filter
+                    instances = self._search("instances", INSTANCE, study, series)
+                    uids = [_value(one, INSTANCE) for one in instances if is_multiframe(one)]
+                    cines += [(study, series, uid) for uid in uids]
         return cines
 
-    def _search(
-        self, search: Callable[..., Any], key: str, wanted: dict[str, str], *within: str
-    ) -> list[dict[str, Any]]:
-        """All results, fetched page by page; each has a UID at the tag ``key``."""
-        filters = {name: value for name, value in wanted.items() if value}
-        fields = ["NumberOfFrames"] if key == INSTANCE else None
+    def _search(self, level: str, key: str, *within: str, **filters: str) -> list[dict[str, Any]]:
+        """All results of a level, fetched page by page; each has a UID at the tag ``key``."""
+        search = getattr(self.client, f"search_for_{level}")
+        filters = {name: value for name, value in filters.items() if value}
+        fields = ["NumberOfFrames"] if level == "instances" else None
         entries: dict[str, dict[str, Any]] = {}
         offset, last = 0, None
         while True:
