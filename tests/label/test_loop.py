@@ -40,7 +40,6 @@ def typed(beginning: str, folder: Path) -> list[list[str]]:
 def loop(tmp_path_factory):
     """A server over phantoms with an untrained model, and MONAI Label's client."""
     client = pytest.importorskip("monailabel.client.client", reason="make label")
-    psutil = pytest.importorskip("psutil")
     folder = tmp_path_factory.mktemp("loop")
     made = {"size": 64, "workers": 1, "progress": False, "population": "adult"}
     write_phantom_dataset(folder / "studies", num_clips=CINES, num_frames=16, seed=11, **made)
@@ -48,12 +47,11 @@ def loop(tmp_path_factory):
     (command,) = typed("discovr-monai label ", folder)
     salt = {"DISCOVR_MONAI_SALT": "a salt of 32 letters, for this test"}  # deals the patients
     running = launch([*command, "--model", str(model)], folder / "studies-label", **salt)
-    used = sum(psutil.Process(running.process.pid).cpu_times()[:2])  # seconds until it was ready
     try:
         assert running.process.stdout is not None
         assert f"{CINES} cines presented" in running.process.stdout.readline()
         (folder / "client").mkdir()
-        yield running, client.MONAILabelClient(running.url, str(folder / "client")), used
+        yield running, client.MONAILabelClient(running.url, str(folder / "client"))
     finally:
         running.process.kill()
         running.process.wait()
@@ -74,8 +72,7 @@ def wait_for(status, seconds: float = 240.0) -> dict:
 
 
 def test_the_whole_loop(loop, tmp_path, monkeypatch, capsys):
-    server, client, used = loop
-    assert used < 30  # of a core, however busy the machine; measured: docs/annotation.md
+    server, client = loop
     folder = server.work.parent
     studies, private = folder / "studies", folder / "studies-label-private"
     files = (private / "files.csv").read_text().splitlines()[1:]
@@ -156,7 +153,7 @@ def test_the_whole_loop(loop, tmp_path, monkeypatch, capsys):
 
 
 def test_a_training_without_enough_labels_fails_with_a_sentence(loop):
-    server, client, _ = loop
+    server, client = loop
     before = client.info()["train_stats"][SEGMENT]["current"]
     answer = server.post(f"/train/{SEGMENT}", {"epochs": 0})
     assert answer.status == 200
