@@ -12,6 +12,7 @@ from pathlib import Path
 from discovr_monai.base.files import PRIVATE, write_text
 
 SALT_VARIABLE = "DISCOVR_MONAI_SALT"
+ID_DIGITS = 16  # hexadecimal digits of a salted id: 64 bits
 
 
 def load_salt(path: str | Path | None = None) -> bytes:
@@ -33,11 +34,31 @@ def load_salt(path: str | Path | None = None) -> bytes:
     return file.read_text().strip().encode()
 
 
-def salted_id(value: str, salt: bytes, length: int = 12) -> str:
-    """HMAC-SHA256 of ``value`` under ``salt``, the first ``length`` hexadecimal digits."""
+def salted_id(value: str, salt: bytes, length: int = ID_DIGITS) -> str:
+    """HMAC-SHA256 of ``value`` under ``salt``, the first ``length`` hexadecimal digits.
+
+    64 bits, the default, hold ten million ids with a chance of 3 in a million that any two are
+    the same.
+
+    >>> salted_id("patient 7", b"salt")
+    '19fdf60fac41922e'
+    >>> salted_id("patient 7", b"another salt") == salted_id("patient 7", b"salt")
+    False
+    """
     return hmac.new(salt, value.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[
         :length
     ]
+
+
+def is_shortened_id(stored: object, current: str) -> bool:
+    """Whether ``stored`` is ``current`` as an earlier version cut it, after 12 digits.
+
+    >>> is_shortened_id("0123456789ab", "0123456789abcdef")
+    True
+    >>> is_shortened_id("0123456789abcdef", "0123456789abcdef")
+    False
+    """
+    return isinstance(stored, str) and len(stored) < len(current) and stored == current[:12]
 
 
 def is_loopback(host: str) -> bool:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from discovr_monai.base.files import write_text
-from discovr_monai.base.privacy import load_salt, salted_id
+from discovr_monai.base.privacy import is_shortened_id, load_salt, salted_id
 from discovr_monai.base.types import DatalistRow
 from discovr_monai.data.lists.datalist import load_rows
 from discovr_monai.data.read.kinds import known_name, walk
@@ -146,6 +146,11 @@ class Plan:
             found = {}
         if found == about:
             return
+        if is_shortened_id(found.get("salt"), about["salt"]):
+            raise ValueError(
+                f"the output folder {self.out.name!r} was made with shorter ids by an earlier "
+                f"version: {remedy}"
+            )
         differs = next((k for k in about if found.get(k) != about[k]), "another version")
         why = {
             "model": "another model's rows",

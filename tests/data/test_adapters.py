@@ -60,7 +60,7 @@ def test_each_set_becomes_a_datalist(trees, name):
     assert sum(map(len, owners)) == len(set().union(*owners)), "a patient in two sections"
     assert len({r["image"] for r in rows}) == len(rows)
     for row in rows:
-        assert len(row["patient"]) == 12 and int(row["patient"], 16) >= 0, "not salted"
+        assert len(row["patient"]) == 16 and int(row["patient"], 16) >= 0, "not salted"
         assert row.get("label") in (0, 1, None)
         assert 0 <= row.get("ef", 50) <= 100
         assert ("fps" in row) == ("fps_source" in row)

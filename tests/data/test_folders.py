@@ -20,8 +20,8 @@ from discovr_monai.base.types import Cine
 from discovr_monai.data.clips.transforms import LoadCined
 from discovr_monai.data.lists import scan as module
 from discovr_monai.data.lists.datalist import summary
-from discovr_monai.data.lists.owners import split_by_patient
 from discovr_monai.data.lists.scan import load_datalist
+from discovr_monai.data.lists.split import split_by_patient
 from discovr_monai.data.read.sector import isolate_sector, sector_mask
 from discovr_monai.data.read.store import CineStore
 from tests.data.conftest import moving_blob, write_dicom, write_video
@@ -76,6 +76,24 @@ def test_a_second_scan_decodes_nothing_but_what_changed(folder, tmp_path, monkey
     assert seen == ["a.avi"]
 
 
+def test_a_scan_with_the_shorter_ids_of_an_earlier_version_is_made_again(folder, tmp_path):
+    """Its patients would count twice, once under each id; who is held out stays the same."""
+    before = scan(folder, tmp_path, val_fraction=0.4).sections
+    index = tmp_path / "out" / "scan.json"
+    verdicts = json.loads(index.read_text())
+    for verdict in verdicts.values():
+        verdict["stamp"][-1] = verdict["stamp"][-1].rpartition("|")[0]
+        if "row" in verdict:
+            verdict["row"]["patient"] = verdict["row"]["patient"][:12]
+    index.write_text(json.dumps(verdicts))
+    assert scan(folder, tmp_path, val_fraction=0.4).sections == before
+    patients = [row["patient"] for rows in before.values() for row in rows]
+    assert {len(patient) for patient in patients} == {16}
+    shorter = [{**r, "patient": r["patient"][:12]} for s in before.values() for r in s]
+    held = split_by_patient(shorter, 0.4, 0)["validation"]
+    assert [r["image"] for r in held] == [r["image"] for r in before["validation"]]
+
+
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=40), st.floats(0, 0.9), st.integers(0, 99))
 def test_no_patient_is_on_two_sides(patients, fraction, seed):
     rows = [{"image": f"{i}.avi", "patient": str(p)} for i, p in enumerate(patients)]
@@ -116,7 +134,7 @@ def test_sections_and_labels(tmp_path):
         found.rows("val")
     with pytest.raises(ValueError, match="only cines labelled abnormal; set normal_only: false"):
         found.rows("training", normal_only=True)
-    assert len(found.rows("training")[0]["id"]) == 12
+    assert len(found.rows("training")[0]["id"]) == 16
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty", "bad"])

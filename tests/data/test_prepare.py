@@ -16,11 +16,13 @@ import numpy as np
 import pydicom
 import pytest
 
+from discovr_monai.base.privacy import salted_id
 from discovr_monai.base.types import CineError
 from discovr_monai.cli import main
 from discovr_monai.data.archive.prepare import prepare, reidentify
 from discovr_monai.data.archive.shards import pack
 from discovr_monai.data.clips.transforms import LoadCined, SampleClipd
+from discovr_monai.data.lists.datalist import load_rows
 from discovr_monai.data.lists.scan import load_datalist
 from discovr_monai.phantom.layouts import write_layout
 
@@ -70,6 +72,16 @@ def test_every_file_gets_a_verdict(archive, done):
     assert counts["kept"] == len(files) - 3 == len(list(out.glob("cines/*/*.npy")))
     bad = list(csv.DictReader((private / "bad_files.csv").open()))
     assert {row["file"] for row in bad} == {"notes.txt", "case 0/broken.avi", "case 2/report.dcm"}
+
+
+def test_an_archive_of_an_earlier_version_goes_on(done, salt):
+    """Its ids had 64 bits already; what tells one salt from another must stay as it was."""
+    out, _, _ = done
+    stamp = json.loads((out / "prepared.json").read_text())
+    assert stamp["salt"] == salted_id("which salt", salt.read_bytes())[:12]
+    rows = [r for s in load_rows(out / "datalist.json", out).values() for r in s]
+    assert {len(Path(r["image"]).stem) for r in rows} == {16}
+    assert {len(r[key]) for r in rows for key in ("patient", "study") if key in r} == {16}
 
 
 def test_nothing_of_the_patient_crosses_over(done, archive):

@@ -251,6 +251,16 @@ def test_workers_need_one_salt(model_file, labelled, tmp_path, monkeypatch):
         infer(load_model(model_file), labelled, tmp_path / "out", section="test")
 
 
+def test_a_folder_with_the_shorter_ids_of_an_earlier_version_is_refused(tmp_path, labelled):
+    root, rows = find_cines(labelled)
+    Plan(tmp_path / "out", root, rows, {"model": "m"}, 4)
+    file = tmp_path / "out" / "inference.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({**about, "salt": about["salt"][:12]}))
+    with pytest.raises(ValueError, match="was made with shorter ids by an earlier version: choose"):
+        Plan(tmp_path / "out", root, rows, {"model": "m"}, 4)
+
+
 def test_workers_that_start_together_share_one_plan(tmp_path, labelled):
     """Whoever writes a generation first has cut it, whatever the others list."""
     root, rows = find_cines(labelled)

@@ -27,7 +27,7 @@ from discovr_monai.base.files import read_journal, save_array, write_text
 from discovr_monai.base.privacy import load_salt, salted_id
 from discovr_monai.base.tables import write_table
 from discovr_monai.base.types import CineError, DatalistRow
-from discovr_monai.data.lists.owners import split_by_patient
+from discovr_monai.data.lists.split import split_by_patient
 from discovr_monai.data.read.cine import read_cine
 from discovr_monai.data.read.dicom import open_dicom
 from discovr_monai.data.read.kinds import failure_of, file_below, walk
@@ -35,7 +35,6 @@ from discovr_monai.data.read.sector import prepare_cine, resize_square
 from discovr_monai.data.write.dicom import deidentified_tags, salted_uid, write_dicom
 
 VERSION = 1
-ID_LENGTH = 16
 JOURNAL, MANIFEST, STAMP = "journal.jsonl", "manifest.encrypted", "prepared.json"
 
 
@@ -190,7 +189,7 @@ def prepare_file(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def _file_id(name: str, salt: bytes) -> str:
-    return salted_id(f"file {name}", salt, ID_LENGTH)
+    return salted_id(f"file {name}", salt)
 
 
 def _describe(
@@ -210,10 +209,10 @@ def _describe(
         key = f"patient {patient_id}" if patient_id else f"file {name}"
     row: DatalistRow = {
         "image": f"cines/{identity[:2]}/{identity}.npy",
-        "patient": salted_id(key, salt, ID_LENGTH),
+        "patient": salted_id(key, salt),
     }
     if study:
-        row["study"] = salted_id(f"study {study}", salt, ID_LENGTH)
+        row["study"] = salted_id(f"study {study}", salt)
     about = {
         "id": identity, "source": name, "patient": row["patient"],
         "patient_id": patient_id, "study_uid": study,
@@ -270,7 +269,7 @@ def _claim(out: Path, settings: Settings) -> None:
     wanted = {
         "version": VERSION, "size": settings.size, "dicom": settings.dicom,
         "patient_from": settings.patient_from,
-        "salt": salted_id("which salt", settings.salt),
+        "salt": salted_id("which salt", settings.salt, 12),  # as it always was: this is no id
     }  # fmt: skip
     if stamp.is_file():
         found = json.loads(stamp.read_text())

@@ -6,7 +6,6 @@ import inspect
 import json
 import pkgutil
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -22,10 +21,9 @@ from discovr_monai.base.types import CineError, DatalistRow
 from discovr_monai.data import adapters
 from discovr_monai.data.lists.datalist import summary
 from discovr_monai.data.lists.scan import check_all
+from discovr_monai.data.lists.split import SplitSettings, keep_patients_apart
 from discovr_monai.data.read.kinds import file_below
 from discovr_monai.data.read.loader import CineLoader
-
-FIRST = ("test", "validation", "training", "pretraining")  # who keeps a patient found in two
 
 
 @dataclass
@@ -165,8 +163,8 @@ def build_datalist(
     if not rows:
         why = f"; the first file set aside: {aside[0]}" if aside else ""
         raise ValueError(f"{root.name!r} holds no usable cine of {module.TITLE}{why}")
-    sections = _sections(rows, folds, test_fold, val_fold, val_fraction, test_fraction, seed)
-    sections = _apart(sections, aside)
+    split = SplitSettings(val_fraction, test_fraction, folds, test_fold, val_fold, seed)
+    sections = keep_patients_apart(split.sections(rows), aside)
     salt = load_salt()
     for row in (r for section in sections.values() for r in section):
         row.pop("split", None)
@@ -220,96 +218,3 @@ def _check(
             raise ValueError(f"{name} has no option {key!r}; {have}")
     if min(shares) < 0 or sum(shares) >= 1:
         raise ValueError(f"val_fraction {shares[0]} and test_fraction {shares[1]} leave no rest")
-
-
-def _sections(
-    rows: Sequence[DatalistRow],
-    folds: int | None,
-    test_fold: int | None,
-    val_fold: int | None,
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
-) -> dict[str, list[DatalistRow]]:
-    order = _shuffled({r["patient"] for r in rows}, seed)
-    own = any("fold" in r for r in rows)
-    if folds is not None and not own:
-        if folds < 3:
-            raise ValueError(f"folds {folds}: at least 3 are needed for three sections")
-        place = {patient: i % folds for i, patient in enumerate(order)}
-        for row in rows:
-            row["fold"] = place[row["patient"]]
-    elif folds is None and own:
-        folds = 1 + max(r.get("fold", 0) for r in rows)
-    elif folds is None and (test_fold is not None or val_fold is not None):
-        raise ValueError("this set has no folds of its own: give --folds too")
-    if folds is not None:
-        _split_by_fold(rows, folds, test_fold, val_fold)
-    elif all(r.get("split") == "pretraining" for r in rows):
-        for row in rows:
-            row.pop("split", None)
-    _split_rest([r for r in rows if "split" not in r], val_fraction, test_fraction, seed)
-    if not any(r["split"] == "validation" for r in rows):  # a set without one to tune on
-        _split_rest([r for r in rows if r["split"] == "training"], val_fraction, 0.0, seed)
-    sections: dict[str, list[DatalistRow]] = {"training": [], "validation": []}
-    for row in rows:
-        sections.setdefault(row["split"], []).append(row)
-    return sections
-
-
-def _shuffled(patients: set[str], seed: int) -> list[str]:
-    return sorted(patients, key=lambda p: salted_id(p, str(seed).encode(), 32))
-
-
-def _split_by_fold(
-    rows: Sequence[DatalistRow], folds: int, test_fold: int | None, val_fold: int | None
-) -> None:
-    test = 0 if test_fold is None else test_fold
-    validation = (test + 1) % folds if val_fold is None else val_fold
-    if not (0 <= test < folds and 0 <= validation < folds and test != validation):
-        raise ValueError(
-            f"test_fold {test} and val_fold {validation} must be two of 0 to {folds - 1}"
-        )
-    names = {test: "test", validation: "validation"}
-    for row in rows:
-        row["split"] = names.get(row.get("fold", -1), "training")
-
-
-def _split_rest(
-    rows: Sequence[DatalistRow], val_fraction: float, test_fraction: float, seed: int
-) -> None:
-    order = _shuffled({r["patient"] for r in rows}, seed)
-    enough = len(order) >= 3  # then no section that is asked for stays empty
-    test, validation = (
-        max(round(len(order) * share), int(enough and share > 0))
-        for share in (test_fraction, val_fraction)
-    )
-    names = dict.fromkeys(order[:test], "test")
-    names.update(dict.fromkeys(order[test : test + validation], "validation"))
-    for row in rows:
-        row["split"] = names.get(row["patient"], "training")
-
-
-def _apart(
-    sections: dict[str, list[DatalistRow]], aside: list[CineError]
-) -> dict[str, list[DatalistRow]]:
-    """Leaves each patient in one section only."""
-    kept: dict[str, list[DatalistRow]] = {}
-    owner: dict[str, str] = {}
-    for name in sorted(sections, key=lambda n: FIRST.index(n) if n in FIRST else len(FIRST)):
-        kept[name] = []
-        for row in sections[name]:
-            other = owner.setdefault(row["patient"], name)
-            # pretraining may share patients with training: both are seen in training only
-            if other == name or (other, name) == ("training", "pretraining"):
-                kept[name].append(row)
-            else:
-                aside.append(
-                    CineError(
-                        row["image"],
-                        f"its patient is in section {other!r} too",
-                        "Nothing to do: a patient stays in one section",
-                        "left out",
-                    )
-                )
-    return {name: kept[name] for name in sections if kept[name] or name == "training"}

@@ -29,9 +29,9 @@ class Datalist:
 
     @property
     def fingerprint(self) -> str:
-        """8 digits that change with which cines are in which section; salted, as their ids are."""
+        """16 digits that change with which cines are in which section; salted, as their ids are."""
         content = json.dumps({n: [r["id"] for r in rows] for n, rows in self.sections.items()})
-        return hashlib.sha256(content.encode()).hexdigest()[:8]
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def rows(self, section: str, *, normal_only: bool = False) -> list[DatalistRow]:
         """A section's rows, without those labelled abnormal if ``normal_only``.

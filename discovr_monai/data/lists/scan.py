@@ -15,10 +15,10 @@ from tqdm import tqdm
 from discovr_monai.base.distributed import barrier, rank
 from discovr_monai.base.engine import run_isolated
 from discovr_monai.base.files import write_text
-from discovr_monai.base.privacy import load_salt, salted_id
+from discovr_monai.base.privacy import ID_DIGITS, load_salt, salted_id
 from discovr_monai.base.tables import shown, write_table
 from discovr_monai.data.lists.datalist import Datalist, load_rows
-from discovr_monai.data.lists.owners import split_by_patient
+from discovr_monai.data.lists.split import split_by_patient
 from discovr_monai.data.read.dicom import patient_of
 from discovr_monai.data.read.kinds import failure_of, file_below, walk
 from discovr_monai.data.read.loader import CineLoader
@@ -113,7 +113,8 @@ def scan_folder(
     index = output_dir / "scan.json"
     known = _load_index(index)
     salt = load_salt()
-    wanted = f"{loader.size}|{loader.sector}|{loader.color}"
+    # An index of an earlier version has shorter ids and no number of digits: all is read again.
+    wanted = f"{loader.size}|{loader.sector}|{loader.color}|{ID_DIGITS}"
     stamps = {name: [*_stamp(root / name), wanted] for name in files}
     found = {n: known[n] for n in files if known.get(n, {}).get("stamp") == stamps[n]}
     todo = [n for n in files if n not in found]
@@ -134,7 +135,9 @@ def scan_folder(
             f"aside, the reasons are in bad_files.csv in the output folder; the first: "
             f"{shown(bad[0][0])}: {bad[0][2]}"
         )
-    return Datalist(split_by_patient(rows, val_fraction, seed), len(bad), report)
+    # 12 digits decide, as when ids had no more: a folder that was split before keeps its split
+    sections = split_by_patient(rows, val_fraction, seed, digits=12)
+    return Datalist(sections, len(bad), report)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
