@@ -56,7 +56,7 @@ bundle: environment
 label: $(VENV)/.label
 
 bench: environment
-	$(RUN)/python benchmarks/train_step.py --out output/bench $(ARGS)
+	$(RUN)/python benchmarks/speed/train_step.py --out output/bench $(ARGS)
 
 lint: test-environment
 	$(RUN)/ruff check .

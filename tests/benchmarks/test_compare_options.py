@@ -1,4 +1,4 @@
-"""benchmarks/options.yaml: the protocol of the comparison, with other methods, elsewhere."""
+"""benchmarks/compare/options.yaml: the protocol of the comparison, with other methods, elsewhere."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "compare")]
 
 import compare_methods  # noqa: E402
+import comparison_results  # noqa: E402
 from comparison_report import options_tables, read_runs  # noqa: E402
-from markers import END, begin  # noqa: E402
+from shared import END, begin  # noqa: E402
 
-OPTIONS = ROOT / "benchmarks" / "options.yaml"
-RECORDED = ROOT / "benchmarks" / "results" / "recorded"
+OPTIONS = ROOT / "benchmarks" / "compare" / "options.yaml"
+RECORDED = ROOT / "benchmarks" / "compare" / "results" / "recorded"
 
 
 @pytest.mark.parametrize("size", ["quick", "recorded"])
@@ -83,7 +84,7 @@ def results(tmp_path):
 
 
 def test_the_tables(results, monkeypatch):
-    monkeypatch.setattr(compare_methods, "RESULTS", results)
+    monkeypatch.setattr(comparison_results, "RESULTS", results)
     plan = compare_methods.protocol("recorded", OPTIONS)
     assert [len(found) for found in read_runs(plan).values()] == [1, 1]
     text = options_tables(plan)
@@ -98,7 +99,7 @@ def test_the_tables(results, monkeypatch):
 
 
 def test_the_default_is_not_trained_again(results, monkeypatch):
-    monkeypatch.setattr(compare_methods, "RESULTS", results)
+    monkeypatch.setattr(comparison_results, "RESULTS", results)
     plan = compare_methods.protocol("recorded", OPTIONS)
     assert compare_methods.open_groups(plan, None) == [("frames_4", 0), ("views_2", 0)]
 
@@ -106,9 +107,9 @@ def test_the_default_is_not_trained_again(results, monkeypatch):
 def test_the_report_goes_into_its_page(results, tmp_path, monkeypatch, capsys):
     page = tmp_path / "docs" / "performance.md"
     page.parent.mkdir()
-    page.write_text(f"before\n{begin('compare_methods.py')}\nold\n{END}\nafter\n")
-    monkeypatch.setattr(compare_methods, "HERE", tmp_path / "benchmarks")
-    monkeypatch.setattr(compare_methods, "RESULTS", results)
+    page.write_text(f"before\n{begin('compare/compare_methods.py')}\nold\n{END}\nafter\n")
+    monkeypatch.setattr(compare_methods, "ROOT", tmp_path)
+    monkeypatch.setattr(comparison_results, "RESULTS", results)
     monkeypatch.setattr(sys, "argv", ["compare_methods.py", "report", "--protocol", str(OPTIONS)])
     compare_methods.main()
     text = page.read_text()
@@ -121,4 +122,4 @@ def test_the_report_goes_into_its_page(results, tmp_path, monkeypatch, capsys):
 
 def test_the_page_has_a_place_for_them():
     page = (ROOT / "docs" / "performance.md").read_text()
-    assert page.count(begin("compare_methods.py")) == 1
+    assert page.count(begin("compare/compare_methods.py")) == 1

@@ -1,4 +1,4 @@
-"""Our step equals the plain formulation of it, and needs what benchmarks/operations.py counts."""
+"""Our step equals the plain formulation of it, and needs what benchmarks/speed/operations.py counts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from discovr_monai.networks.vit import Block
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "speed")]
 
 import operations  # noqa: E402
 import plain_step  # noqa: E402
 import step_memory  # noqa: E402
 import step_parts  # noqa: E402
 import train_step  # noqa: E402
-from markers import END, begin, write_between_markers  # noqa: E402
+from shared import END, begin, write_between_markers  # noqa: E402
 from step_memory import settings_of  # noqa: E402
 from step_report import _options  # noqa: E402
 from step_setup import build, difference, step  # noqa: E402
@@ -217,7 +217,7 @@ def test_the_floor_is_the_slower_of_products_and_traffic():
 
 
 def test_a_quick_run_writes_every_key(tmp_path):
-    script = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), "--quick"]
+    script = [sys.executable, str(ROOT / "benchmarks" / "speed" / "train_step.py"), "--quick"]
     asked = ["--sizes", "S", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path)]
     done = subprocess.run([*script, *asked], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -320,23 +320,23 @@ def test_unknown_options_are_refused(option):
 
 def test_tables_go_between_the_markers_and_nowhere_else(tmp_path):
     file = tmp_path / "page.md"
-    file.write_text(f"before\n{begin('train_step.py')}\nold\n{END}\nafter\n")
-    write_between_markers(file, "new", "train_step.py")
-    assert file.read_text() == f"before\n{begin('train_step.py')}\nnew\n{END}\nafter\n"
+    file.write_text(f"before\n{begin('speed/train_step.py')}\nold\n{END}\nafter\n")
+    write_between_markers(file, "new", "speed/train_step.py")
+    assert file.read_text() == f"before\n{begin('speed/train_step.py')}\nnew\n{END}\nafter\n"
     file.write_text("none")
     with pytest.raises(ValueError, match=r"page.md has no markers .* put them back"):
-        write_between_markers(file, "new", "train_step.py")
+        write_between_markers(file, "new", "speed/train_step.py")
 
 
 def test_the_page_has_its_markers():
     page = (ROOT / "docs" / "performance.md").read_text()
-    assert page.count(begin("train_step.py")) == 1
-    assert page.index(begin("train_step.py")) < page.index(END)
+    assert page.count(begin("speed/train_step.py")) == 1
+    assert page.index(begin("speed/train_step.py")) < page.index(END)
 
 
 def test_peak_memory_sees_what_was_freed():
     code = (
-        "import sys; sys.path.append('benchmarks'); import torch; from step_memory import *\n"
+        "import sys; sys.path.append('benchmarks/speed'); import torch; from step_memory import *\n"
         "before = highest_memory(); torch.ones(2**26); print(highest_memory() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

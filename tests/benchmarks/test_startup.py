@@ -1,4 +1,4 @@
-"""What a start imports, reads and makes, by names and counts: seconds are benchmarks/startup.py's."""
+"""What a start imports, reads and makes, by names and counts: seconds are benchmarks/speed/startup.py's."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from discovr_monai.training.pictures import save_animation
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, BUNDLE = ROOT / "discovr_monai", ROOT / "bundles" / "discovr"
-CHILD = ROOT / "benchmarks" / "startup_child.py"
-sys.path.append(str(ROOT / "benchmarks"))
+CHILD = ROOT / "benchmarks" / "speed" / "startup_child.py"
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "speed")]
 
 import startup_child  # noqa: E402
 from startup import SMALL, settings  # noqa: E402

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_damaged_files_get_a_verdict():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--files", "300", "--seed", "1"],
+        [sys.executable, str(ROOT / "benchmarks" / "checks" / "fuzz.py"), "--files", "300", "--seed", "1"],
         capture_output=True, text=True, timeout=500, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

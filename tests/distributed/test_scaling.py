@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py against the trainer's own step under DDP, and against arithmetic by hand."""
+"""benchmarks/speed/scaling.py against the trainer's own step under DDP, and against arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from discovr_monai.losses import clustering
 from discovr_monai.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "speed")]
 
 import scaling  # noqa: E402
 import scaling_model as model  # noqa: E402
-from markers import END, begin  # noqa: E402
+from shared import END, begin  # noqa: E402
 from step_setup import CONFIGS, QUICK, build, step  # noqa: E402
 
 CASES = {
@@ -218,8 +218,8 @@ def test_memory_of_ddp_and_of_shards():
 
 def test_the_page_holds_what_the_script_prints():
     page = (ROOT / "docs" / "scaling.md").read_text()
-    assert page.count(begin("scaling.py")) == 1
-    held = page.partition(begin("scaling.py"))[2].partition(END)[0].strip()
+    assert page.count(begin("speed/scaling.py")) == 1
+    held = page.partition(begin("speed/scaling.py"))[2].partition(END)[0].strip()
     assert held == scaling.report(48, 990e12, 0.45, [8, 64, 512])
 
 

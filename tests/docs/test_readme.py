@@ -27,7 +27,7 @@ RUN_BY = {
     "discovr-monai prepare /your/archive /your/prepared": "test_an_archive_is_prepared_packed_and_trained_on",
     "../../.venv/bin/python -m monai.bundle run run --config_file configs/inference.yaml "
     "--dataset_dir /your/study --view A4C": "test_dicom_in_dicom_out",
-    "python benchmarks/parity.py FILE.npz": "test_every_expected_output_is_reproduced",
+    "python benchmarks/checks/parity.py FILE.npz": "test_every_expected_output_is_reproduced",
     "pip install .": "test_a_plain_install_builds",
 }
 

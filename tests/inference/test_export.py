@@ -242,7 +242,7 @@ def test_the_code_of_the_page(folder, tmp_path, monkeypatch, capsys, model, labe
 
 
 def test_the_table(model_file, labelled, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "speed"))
     words = [
         str(model_file),
         "--dataset_dir",
@@ -254,7 +254,7 @@ def test_the_table(model_file, labelled, capsys, monkeypatch):  # noqa: F811
         "2",
     ]
     monkeypatch.setattr("sys.argv", ["export_table.py", *words])
-    runpy.run_path(str(ROOT / "benchmarks" / "export_table.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "benchmarks" / "speed" / "export_table.py"), run_name="__main__")
     said = capsys.readouterr().out
     assert "ef.int8.onnx was removed" in said  # see test_what_eight_bits_spoil_is_refused
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| ")]
@@ -271,8 +271,8 @@ def test_the_table(model_file, labelled, capsys, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize("size", ["S", "B"])
 def test_the_table_of_random_weights(tmp_path, monkeypatch, size):
     """The configs' encoders; tiny here."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    table = runpy.run_path(str(ROOT / "benchmarks" / "export_table.py"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "speed"))
+    table = runpy.run_path(str(ROOT / "benchmarks" / "speed" / "export_table.py"))
     file = table["random_model"](Namespace(random=size, quick=True), tmp_path)
     model = load_model(file)  # noqa: F811
     assert model.clip_shape == (3, 8, 32, 32)

@@ -20,7 +20,7 @@ present = pytest.mark.skipif(
 
 
 def run(path: Path) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, str(ROOT / "benchmarks" / "parity.py"), str(path)]
+    script = [sys.executable, str(ROOT / "benchmarks" / "checks" / "parity.py"), str(path)]
     return subprocess.run(script, capture_output=True, text=True)
 
 

@@ -1,0 +1,121 @@
+"""A trainer of the paper's step from the bundle's own configs, and a step of it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from discovr_monai.training.trainer import DiscovrTrainer
+
+CONFIGS = Path(__file__).parents[2] / "bundles" / "discovr" / "configs"
+SIZES = {"S": "small", "B": "paper"}  # the config of each
+QUICK = {  # same parts, seconds instead of minutes
+    "image_size": 32,
+    "num_frames": 8,
+    "embed_dim": 48,
+    "depth": 2,
+    "num_heads": 3,
+    "decoder_dim": 24,
+    "decoder_depth": 1,
+    "decoder_heads": 3,
+    "head_outputs": 128,
+    "head_hidden": 64,
+    "head_bottleneck": 32,
+    "num_prototypes": 40,
+    "mask_ratio": 0.75,
+}
+Batch = dict[str, Any]
+
+
+def build(
+    size: str,
+    *,
+    batch: int = 2,
+    plain: bool = False,
+    quick: bool = False,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    **settings: Any,
+) -> tuple[DiscovrTrainer, Batch]:
+    """A trainer whose weights depend on the size only, and the batch that it is fed.
+
+    Args:
+        size: a key of SIZES.
+        batch: clips.
+        plain: the plain formulation instead of ours.
+        quick: tiny sizes.
+        device, precision: as in the config.
+        settings: other keys of the config.
+
+    Returns:
+        The trainer, and a batch of (batch, 1, T, H, W) uint8 clips of noise.
+    """
+    from plain_step import PlainDiscovr, unfuse
+
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / "train.yaml"), str(CONFIGS / f"{SIZES[size]}.yaml")])
+    changed = (QUICK if quick else {}) | settings | {"batch_size": batch, "steps_per_epoch": 1000}
+    for key, value in changed.items():
+        parser[key] = value
+    parser["device"] = torch.device(device)
+    if plain:
+        parser["network_def#_target_"] = f"{PlainDiscovr.__module__}.{PlainDiscovr.__name__}"
+    frames, side = parser["num_frames"], parser["image_size"]
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, 1, frames, side, side)
+    clip = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    if torch.device(device).type == "cuda":
+        clip = clip.pin_memory()  # as the loader does: the step brings it to the GPU
+    data = {"image": clip, "id": [str(i) for i in range(batch)]}
+    torch.manual_seed(0)
+    network = parser.get_parsed_content("network")
+    optimizer = parser.get_parsed_content("optimizer")
+    if plain:
+        unfuse(optimizer)
+    trainer = DiscovrTrainer(
+        device=torch.device(device),
+        max_epochs=1,
+        train_data_loader=[data],
+        network=network,
+        optimizer=optimizer,
+        objective=parser.get_parsed_content("loss"),
+        masking=parser.get_parsed_content("masking"),
+        prepare_batch=parser.get_parsed_content("prepare_batch"),
+        lr=parser.get_parsed_content("train#trainer#lr"),
+        teacher_momentum=parser.get_parsed_content("train#trainer#teacher_momentum"),
+        precision=precision,
+        gradient_clip=parser["gradient_clip"],
+        diagnose_every=0,  # an extra of every tenth step, the same in both formulations
+    )
+    return trainer, data
+
+
+def step(trainer: DiscovrTrainer, batch: Batch) -> dict[str, float]:
+    """The whole iteration of the trainer: from uint8 clips to the teachers' update."""
+    trainer.state.iteration += 1
+    return trainer._iteration(trainer, batch)[0]
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def difference(trainer: DiscovrTrainer, other: DiscovrTrainer) -> dict[str, float]:
+    """Parameter -> |difference of its gradients| / |the other's gradient|, Euclidean norms."""
+    found = {}
+    ours = dict(trainer.network.named_parameters())
+    for name, parameter in other.network.named_parameters():
+        mine, theirs = ours[name].grad, parameter.grad
+        if (mine is None) != (theirs is None):
+            found[name] = float("inf")
+        elif mine is not None and theirs is not None:
+            length = theirs.norm().clamp_min(torch.finfo(theirs.dtype).tiny)
+            found[name] = float((mine - theirs).norm() / length)
+    return found

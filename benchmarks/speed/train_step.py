@@ -1,0 +1,336 @@
+"""Our pretraining step against the plain formulation of it, and against what the machine can do.
+
+    python benchmarks/speed/train_step.py            ViT-S and ViT-B, batch 2, fp32 and bf16
+    python benchmarks/speed/train_step.py --sizes S --precisions bf16 --repeats 9
+    python benchmarks/speed/train_step.py --device cuda --batch 48
+    python benchmarks/speed/train_step.py --options image_frame_step=4 num_views=2,batch=2x compile
+    python benchmarks/speed/train_step.py --quick             tiny sizes, seconds, to try it out
+
+plain_step.py is the plain formulation and says what differs; operations.py counts what a step
+needs. The two take turns in one process (ratios are of the steps of one round), their memory is
+measured in processes of their own. Writes OUT/bench.json and prints its tables; --docs also puts
+them into docs/performance.md, with --options those of the options only. Measure on a machine that
+does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import operations
+import torch
+from step_memory import KNOWN, memory_ratios, peak_of, settings_of
+from step_parts import bandwidth, matrix_peak, time_parts
+from step_report import option_tables, tables
+from step_setup import SIZES, build, difference, now, step
+
+from discovr_monai.base.files import save_atomic
+from discovr_monai.training.trainer import DiscovrTrainer, unwrap
+
+sys.path.append(str(Path(__file__).parents[1]))
+from shared import busy_cores, write_between_markers
+
+DOCS = Path(__file__).parents[2] / "docs" / "performance.md"
+PRECISIONS = {"fp32": 4, "bf16": 2}  # bytes of an activation
+FORMULATIONS = ("ours", "plain")
+Seconds = dict[str, list[float]]
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    options = parse()
+    device = pick_device(options.device)
+    file = Path(options.out) / "bench.json"
+    bench: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(device),
+        "batch": options.batch,
+        "repeats": options.repeats,
+        "quick": options.quick,
+        "sizes": {},
+    }
+    common = {"batch": options.batch, "quick": options.quick, "device": str(device)}
+    for size in options.sizes:
+        memory = memory_ratios(size, options.precisions, common)
+        bench["peaks"] = peaks(options.precisions, device, options.quick, bench.get("peaks"))
+        bench["sizes"][size] = measure(size, options, common, bench["peaks"]) | memory
+        save(bench, file)
+        for option in options.options:
+            found = bench["sizes"][size].setdefault("options", {})
+            found[option] = measure_option(size, option, options, common)
+            save(bench, file)
+    print(tables(bench))
+    if options.docs and options.options:
+        write_between_markers(DOCS, option_tables(bench), "speed/train_step.py --options")
+    elif options.docs:
+        write_between_markers(DOCS, tables(bench), "speed/train_step.py")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    precisions = list(PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", default=precisions, choices=precisions)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
+    parser.add_argument("--batch", type=int, default=2, help="clips; 48 suits a large GPU")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: figures mean nothing")
+    parser.add_argument("--out", default="output/bench", help="folder for bench.json")
+    parser.add_argument("--options", nargs="+", default=[], help=f"rows of our options: {KNOWN}")
+    parser.add_argument("--docs", action="store_true", help="tables into docs/performance.md")
+    options = parser.parse_args()
+    if options.repeats < 1 or options.batch < 1:
+        parser.error("--repeats and --batch must be at least 1")
+    for option in options.options:
+        try:
+            settings_of(option)
+        except ValueError as error:
+            parser.error(str(error))
+    return options
+
+
+def pick_device(name: str) -> torch.device:
+    """The device asked for; says plainly where there is no GPU."""
+    if torch.cuda.is_available() and name != "cpu":
+        return torch.device("cuda")
+    if name == "cuda":
+        raise SystemExit("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    if name == "auto":
+        print("no CUDA GPU here: measured on the CPU")
+    return torch.device("cpu")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on."""
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    return {
+        "device": device.type,
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "amx": bool(torch.cpu._is_amx_tile_supported()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "busy_cores": busy_cores(),
+    }
+
+
+def peaks(
+    precisions: list[str], device: torch.device, quick: bool, before: dict[str, float] | None
+) -> dict[str, float]:
+    """Operations/s by precision and bytes/s, the best that this run has seen."""
+    found = {f"matrix_{p}": matrix_peak(p, device, quick=quick) for p in precisions}
+    found["bandwidth"] = bandwidth(device, quick=quick)
+    return {k: max(v, (before or {}).get(k, 0.0)) for k, v in found.items()}
+
+
+def measure(
+    size: str, options: argparse.Namespace, common: dict[str, Any], peak: dict[str, float]
+) -> dict[str, Any]:
+    """Ratios, shares of the peak and parts of one model size."""
+    trainers = {
+        name: build(size, plain=name == "plain", precision=options.precisions[0], **common)
+        for name in FORMULATIONS
+    }
+    found: dict[str, Any] = {"seconds": {}}
+    seconds: Seconds = {f"{n}_{p}": [] for p in options.precisions for n in FORMULATIONS}
+    for number in range(options.repeats + 1):
+        for precision in options.precisions:
+            order = FORMULATIONS if number % 2 else FORMULATIONS[::-1]
+            losses = {}
+            for name in order:
+                trainer, batch = trainers[name]
+                trainer.precision = precision
+                start = now(trainer.state.device)
+                losses[name] = step(trainer, batch)["loss"]
+                if number:  # the first round warms up
+                    spent = now(trainer.state.device) - start
+                    seconds[f"{name}_{precision}"].append(spent)
+            if not number and precision == options.precisions[0] == "fp32":
+                found["equal"] = agreement(losses, *(trainers[n][0] for n in FORMULATIONS))
+    for name, values in seconds.items():
+        found["seconds"][name] = spread(values)
+    found |= ratios(seconds)
+    del trainers["plain"], trainer, batch
+    gc.collect()
+    found["parts"] = {}
+    for precision in options.precisions:
+        trainer, batch = trainers["ours"]
+        trainer.precision = precision
+        found |= shares(trainer, precision, options, seconds[f"ours_{precision}"], peak)
+        found["parts"][precision] = part_rows(
+            trainer, batch, precision, options, peak, found["seconds"][f"ours_{precision}"]
+        )
+    return found
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def ratios(seconds: Seconds) -> dict[str, Any]:
+    """Plain / ours, of the steps of each round: above 1, ours is faster."""
+    pairs = {
+        "ratio_fp32": ("plain_fp32", "ours_fp32"),
+        "ratio_bf16": ("plain_bf16", "ours_bf16"),
+        "ratio_plain_fp32_to_ours_bf16": ("plain_fp32", "ours_bf16"),
+    }
+    found: dict[str, Any] = {}
+    for key, (plain, ours) in pairs.items():
+        if plain in seconds and ours in seconds:
+            values = [a / b for a, b in zip(seconds[plain], seconds[ours], strict=True)]
+            found[key] = statistics.median(values)
+            found[f"{key}_spread"] = [min(values), max(values)]
+    return found
+
+
+def agreement(
+    losses: dict[str, float], ours: DiscovrTrainer, plain: DiscovrTrainer
+) -> dict[str, Any]:
+    """Relative differences of the first step, which both took from the same weights."""
+    gradients = difference(ours, plain)
+    worst = max(gradients, key=lambda name: gradients[name])
+    return {
+        "loss": abs(losses["ours"] - losses["plain"]) / abs(losses["plain"]),
+        "gradient": gradients[worst],
+        "parameter": worst,
+        "parameters": len(gradients),
+    }
+
+
+def count(trainer: DiscovrTrainer, precision: str, batch: int) -> dict[str, operations.Count]:
+    """What a step of this trainer needs."""
+    cluster = trainer.loss_function.terms["cluster"]
+    network = unwrap(trainer.network)
+    return operations.step(
+        network,
+        batch,
+        trainer.masking.num_views,
+        trainer.masking.ratio,
+        cluster.iterations,  # type: ignore[arg-type]
+        element=PRECISIONS[precision],
+        teacher_tokens=trainer.masking.teacher_tokens(network.video_student.num_tokens),
+    )
+
+
+def shares(
+    trainer: DiscovrTrainer,
+    precision: str,
+    options: argparse.Namespace,
+    seconds: list[float],
+    peak: dict[str, float],
+) -> dict[str, Any]:
+    """Of the matrix peak, over the whole step; and the floor."""
+    needed = count(trainer, precision, options.batch)
+    matrix, best = operations.total(needed).matrix, peak[f"matrix_{precision}"]
+    floor = sum(part.seconds(best, peak["bandwidth"]) for part in needed.values())
+    return {
+        "operations": matrix,
+        f"share_of_peak_{precision}": matrix / statistics.median(seconds) / best,
+        f"share_of_peak_{precision}_spread": [
+            matrix / max(seconds) / best,
+            matrix / min(seconds) / best,
+        ],
+        f"floor_seconds_{precision}": floor,
+    }
+
+
+def part_rows(
+    trainer: DiscovrTrainer,
+    batch: dict[str, Any],
+    precision: str,
+    options: argparse.Namespace,
+    peak: dict[str, float],
+    whole: dict[str, float],
+) -> dict[str, dict[str, float]]:
+    """Each part by itself, and what the whole step takes beyond them ("the rest")."""
+    needed = count(trainer, precision, options.batch)
+    rows = {}
+    spent = time_parts(trainer, batch, max(2, options.repeats // 2))
+    for name, part in needed.items():
+        rows[name] = {
+            "seconds": spent[name],
+            "share_of_step": spent[name] / whole["median"],
+            "matrix": part.matrix,
+            "other": part.other,
+            "bytes": part.bytes,
+            "share_of_peak": part.matrix / spent[name] / peak[f"matrix_{precision}"],
+            "floor_seconds": part.seconds(peak[f"matrix_{precision}"], peak["bandwidth"]),
+        }
+    rest = whole["median"] - sum(spent.values())
+    rows["the rest"] = {"seconds": rest, "share_of_step": rest / whole["median"]}
+    return rows
+
+
+def measure_option(
+    size: str, option: str, options: argparse.Namespace, common: dict[str, Any]
+) -> dict[str, Any]:
+    """Our step without / with an option, in turns, by the clip; and its memory.
+
+    "first_steps" are the seconds of the first two, before the times that count: compilation,
+    which starts from an empty cache, falls into them.
+    """
+    from torch._inductor.utils import fresh_cache
+
+    settings, times = settings_of(option)
+    clips = common["batch"], common["batch"] * times
+    pair = build(size, **common), build(size, **settings, **common | {"batch": clips[1]})
+    needed = [
+        operations.total(count(trainer, "fp32", b)).matrix / b
+        for (trainer, _), b in zip(pair, clips, strict=True)
+    ]
+    found: dict[str, Any] = {"operations": needed[1] / needed[0]}
+    found |= {"memory_bytes": {}, "seconds_per_clip": {}, "first_steps": {}}
+    for precision in options.precisions:
+        torch._dynamo.reset()  # an option before this one may have compiled the same
+        with fresh_cache():
+            seconds = turns(pair, precision, options.repeats + 2)
+        found["first_steps"][precision] = [sum(spent[:2]) for spent in seconds]
+        rates = [[s / b for s in spent[2:]] for spent, b in zip(seconds, clips, strict=True)]
+        found["seconds_per_clip"][precision] = [spread(values) for values in rates]
+        ratio = [a / b for a, b in zip(*rates, strict=True)]
+        found[f"ratio_{precision}"] = statistics.median(ratio)
+        found[f"ratio_{precision}_spread"] = [min(ratio), max(ratio)]
+        job = {"size": size, "precision": precision, "option": option}
+        found["memory_bytes"][precision] = peak_of(job | common)
+    return found
+
+
+def turns(pair: Sequence[tuple[DiscovrTrainer, Any]], precision: str, rounds: int) -> list:
+    """Seconds of each round's step, for each of the two."""
+    seconds: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for (trainer, batch), spent in zip(pair, seconds, strict=True):
+            trainer.precision = precision
+            start = now(trainer.state.device)
+            step(trainer, batch)
+            spent.append(now(trainer.state.device) - start)
+    return seconds
+
+
+def save(bench: dict[str, Any], file: Path) -> None:
+    """What is known so far."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_atomic(lambda path: Path(path).write_text(json.dumps(bench, indent=1)), file)
+
+
+if __name__ == "__main__":
+    main()
