@@ -183,12 +183,12 @@ def test_a_folder_of_shorter_ids_goes_on_with_them(tmp_path, archive, monkeypatc
     studies = Studies(archive.root, tmp_path / "work", b"salt")
     studies.prepare()
     owner = studies.private / "studies.json"
-    owner.write_text(json.dumps({k: v[:8] for k, v in json.loads(owner.read_text()).items()}))
+    owner.write_text(json.dumps({k: v[:12] for k, v in json.loads(owner.read_text()).items()}))
     studies.prepare()
     for record in studies.present():
         long = salted_id(record["name"], b"salt")
-        assert record["id"] == long[:8] != long
-        assert "bad" in record or len(record["patient"]) == len(record["study"]) == 8
+        assert record["id"] == long[:12] != long
+        assert "bad" in record or len(record["patient"]) == len(record["study"]) == 12
 
 
 def test_what_a_kill_left_is_cleared(tmp_path, archive):

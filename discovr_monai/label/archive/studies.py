@@ -27,7 +27,7 @@ import numpy as np
 from discovr_monai.base.engine import run_isolated
 from discovr_monai.base.files import PRIVATE, read_journal, save_atomic, write_text
 from discovr_monai.base.notice import NOTICE
-from discovr_monai.base.privacy import load_salt, salted_id
+from discovr_monai.base.privacy import ID_DIGITS, load_salt, salted_id
 from discovr_monai.base.tables import write_table
 from discovr_monai.base.types import Cine, CineError, DatalistRow
 from discovr_monai.data.lists.owners import salted_owners
@@ -83,7 +83,7 @@ class Studies:
         """
         if self._owner.is_file():
             return len(json.loads(self._owner.read_text())["salt"])
-        return len(salted_id("", self.salt))
+        return ID_DIGITS
 
     def prepare(self) -> None:
         """Makes the folders, and clears what a killed server left.
