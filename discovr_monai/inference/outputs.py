@@ -20,7 +20,6 @@ from discovr_monai.data.write.labels import (
     write_dicom_labels,
     write_nifti_labels,
 )
-from discovr_monai.evaluation.report.plots import save_overlay
 from discovr_monai.inference.findings import Finding
 from discovr_monai.inference.model import EchoModel
 from discovr_monai.inference.plan import Plan
@@ -29,6 +28,7 @@ from discovr_monai.inference.search import nearest_cases
 from discovr_monai.inference.table import read_embeddings, read_table
 from discovr_monai.pages.charts import metric_name
 from discovr_monai.pages.drawing import SHOWN, resize_labels
+from discovr_monai.pages.overlay import save_overlay
 from discovr_monai.pages.page import CineView, Nearest, write_study_page
 
 NEAREST = 6

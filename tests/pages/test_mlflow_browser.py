@@ -18,9 +18,9 @@ from ignite.engine import Engine, Events
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from discovr_monai.evaluation.report.plots import save_overlay
 from discovr_monai.evaluation.report.results import Results
 from discovr_monai.evaluation.report.statistics import mean_metric
+from discovr_monai.pages.overlay import save_overlay
 from discovr_monai.training.handlers import Tracking
 from tests.pages.test_pages_browser import browser  # noqa: F401 (fixture)
 

@@ -1,4 +1,8 @@
-"""The pictures of an evaluation; each says in words what it shows, for those who do not see it."""
+"""The plots of an evaluation.
+
+Each function writes one PNG and returns a sentence that says what it shows, for those who do not
+see it. All of them draw on :func:`_figure`, whose style is that of the HTML pages.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +15,26 @@ import numpy as np
 
 LARGEST_MAP = 2000  # points of a t-SNE
 COLOURS = ["0a5a8c", "d55e00", "1b8a6b", "b0568b", "8a6d00", "5b6b7a"]  # for colour-blind eyes
+INK, LABEL, GUIDE = "#16212b", "#52606d", "#b9c4cd"
 STYLE: Any = {  # as the pages look
     "axes.prop_cycle": f"cycler('color', {COLOURS})",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#8896a3",
-    "axes.labelcolor": "#16212b",
+    "axes.labelcolor": INK,
     "axes.titleweight": "semibold",
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
-    "xtick.color": "#52606d",
-    "ytick.color": "#52606d",
+    "xtick.color": LABEL,
+    "ytick.color": LABEL,
     "legend.frameon": False,
     "font.size": 10,
 }
-INK, GUIDE = "#16212b", "#b9c4cd"
 
 
 @contextmanager
 def _figure(path: Path, columns: int = 1) -> Iterator[Any]:
+    """Axes in the pages' style, saved at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,9 +50,9 @@ def _figure(path: Path, columns: int = 1) -> Iterator[Any]:
 
 
 def draw_confusion(path: Path, table: np.ndarray, classes: Sequence[str], title: str) -> str:
-    """(C, C) counts, rows truth, columns predicted."""
-    of_all = table.sum(1)
-    shares = table / np.maximum(of_all, 1)[:, None]
+    """Confusion matrix of (C, C) counts: rows are the truth, columns the prediction."""
+    totals = table.sum(1)
+    shares = table / np.maximum(totals, 1)[:, None]
     with _figure(path) as axes:
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(table):
@@ -58,35 +63,41 @@ def draw_confusion(path: Path, table: np.ndarray, classes: Sequence[str], title:
         axes.set(xticks=ticks, yticks=ticks, xlabel="predicted", ylabel="truth", title=title)
         axes.set_xticklabels(classes)
         axes.set_yticklabels(classes)
-    right = [f"{n}: {table[i, i]:g} of {of_all[i]:g} right" for i, n in enumerate(classes)]
+    right = [f"{n}: {table[i, i]:g} of {totals[i]:g} right" for i, n in enumerate(classes)]
     return f"Confusion matrix. {'; '.join(right)}."
 
 
 def draw_roc(path: Path, truth: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> str:
-    """One curve for each column of scores (M, n) against truth (M, n) bool."""
+    """One ROC curve for each column of scores (M, n) against truth (M, n) bool."""
     from sklearn.metrics import roc_auc_score, roc_curve
 
-    areas = []
+    labels = []
     with _figure(path) as axes:
         axes.plot([0, 1], [0, 1], color=GUIDE, lw=1)
-        for column, name in enumerate(names):
-            if 0 < truth[:, column].sum() < len(truth):
-                false, true, _ = roc_curve(truth[:, column], scores[:, column])
-                area = roc_auc_score(truth[:, column], scores[:, column])
-                areas.append(f"{name} (AUROC {area:.2f})")
-                axes.plot(false, true, label=areas[-1], lw=2)
+        for name, positive, score in zip(names, truth.T, scores.T, strict=True):
+            if 0 < positive.sum() < len(positive):
+                false_rate, true_rate, _ = roc_curve(positive, score)
+                labels.append(f"{name} (AUROC {roc_auc_score(positive, score):.2f})")
+                axes.plot(false_rate, true_rate, label=labels[-1], lw=2)
         axes.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
-        if areas:
+        if labels:
             axes.legend(loc="lower right")
-    return f"ROC curves: {', '.join(areas) or 'none, for each needs both classes'}."
+    return f"ROC curves: {', '.join(labels) or 'none, for each needs both classes'}."
 
 
 def draw_map(
     path: Path, features: np.ndarray, colour: np.ndarray, names: Sequence[str] | None, title: str
 ) -> str | None:
-    """t-SNE of (M, D) features, coloured by class (M,) int, or by a value if names is None.
+    """Map by t-SNE of at most LARGEST_MAP of the features.
 
-    None where there is nothing to lay out.
+    Args:
+        features: (M, D).
+        colour: (M,) int classes, or values if ``names`` is None.
+        names: of the classes.
+        title: what the values are.
+
+    Returns:
+        The sentence, or None if nothing is drawn: fewer than five points, or all are equal.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -97,12 +108,12 @@ def draw_map(
         return None  # t-SNE crashes on equal points
     x = StandardScaler().fit_transform(features[rows])
     x = PCA(min(50, *x.shape), random_state=0).fit_transform(x)
-    place = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=0)
-    points = place.fit_transform(x)
+    tsne = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=0)
+    points = tsne.fit_transform(x)
     with _figure(path) as axes:
         if names is None:
-            drawn = axes.scatter(*points.T, c=colour[rows], s=14, cmap="viridis")
-            axes.figure.colorbar(drawn, label=title).outline.set_visible(False)
+            dots = axes.scatter(*points.T, c=colour[rows], s=14, cmap="viridis")
+            axes.figure.colorbar(dots, label=title).outline.set_visible(False)
         else:
             for number, name in enumerate(names):
                 axes.scatter(*points[colour[rows] == number].T, s=14, alpha=0.8, label=name)
@@ -116,8 +127,8 @@ def draw_map(
 def draw_agreement(
     path: Path, truth: np.ndarray, predicted: np.ndarray, quantity: str, unit: str
 ) -> str:
-    """Scatter and Bland-Altman plot of (M,) predictions."""
-    difference, middle = predicted - truth, (predicted + truth) / 2
+    """Scatter plot and Bland-Altman plot of (M,) predictions."""
+    difference, mean = predicted - truth, (predicted + truth) / 2
     bias, spread = difference.mean(), 1.96 * difference.std(ddof=1) if len(truth) > 1 else 0.0
     with _figure(path, 2) as (left, right):
         ends = [min(truth.min(), predicted.min()), max(truth.max(), predicted.max())]
@@ -128,15 +139,12 @@ def draw_agreement(
             ylabel=f"{quantity}, predicted ({unit})",
             title="scatter",
         )
-        right.scatter(middle, difference, s=16, alpha=0.8)
-        for value, name in (
-            (bias, "bias"),
-            (bias - spread, "−1.96 sd"),
-            (bias + spread, "+1.96 sd"),
-        ):
-            right.axhline(value, color="#52606d", ls="-" if name == "bias" else "--", lw=1)
-            said = f"{name} {value:.1f}".replace("-", "−")
-            right.text(right.get_xlim()[1], value, said, ha="right", va="bottom", color=INK)
+        right.scatter(mean, difference, s=16, alpha=0.8)
+        lines = {"bias": bias, "−1.96 sd": bias - spread, "+1.96 sd": bias + spread}
+        for name, value in lines.items():
+            right.axhline(value, color=LABEL, ls="-" if name == "bias" else "--", lw=1)
+            text = f"{name} {value:.1f}".replace("-", "−")
+            right.text(right.get_xlim()[1], value, text, ha="right", va="bottom", color=INK)
         right.set(
             xlabel=f"mean of both ({unit})",
             ylabel=f"predicted - truth ({unit})",
@@ -152,7 +160,7 @@ def draw_agreement(
 def draw_learning_curve(
     path: Path, shares: Sequence[float], curves: Mapping[str, Sequence[tuple[float, float, float]]]
 ) -> str:
-    """Value, low and high of each metric over the share of labels."""
+    """Metrics over the share of the labels; each point is a value with its low and high end."""
     with _figure(path) as axes:
         for name, points in curves.items():
             value, low, high = np.array(points, dtype=float).T
@@ -174,66 +182,3 @@ def draw_curves(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]], yl
         axes.set(xlabel="time (s)", ylabel=ylabel)
         axes.legend(fontsize="small")
     return f"{ylabel} over time of {', '.join(curves)}."
-
-
-OUTLINES = np.array([[0, 0, 0], [255, 210, 0], [0, 220, 120], [90, 160, 255], [255, 90, 160]])
-
-
-def save_overlay(
-    path: Path,
-    frames: np.ndarray,
-    predicted: np.ndarray,
-    truth: np.ndarray | None,
-    fps: float,
-    caption: str = "",
-) -> str:
-    """An animation (GIF): the cine with predicted outlines, beside it with the true areas.
-
-    Args:
-        frames: (T, s, s) uint8; predicted, truth: (T, S, S) uint8 labels, S larger or smaller;
-            without a truth the outlines stand alone.
-        fps: of the animation.
-        caption: written below.
-    """
-    from PIL import Image, ImageDraw
-
-    side, below = 224, 14 if caption else 0
-    pictures = []
-    for i, frame in enumerate(frames):
-        parts = [_outlined(frame, predicted[i], side, filled=False)]
-        if truth is not None:
-            parts.append(_outlined(frame, truth[i], side, filled=True))
-        drawn = np.pad(np.concatenate(parts, 1), ((0, below), (0, 0), (0, 0)))
-        picture = Image.fromarray(drawn)
-        if caption:
-            ImageDraw.Draw(picture).text((4, side + 1), caption, fill=(230, 230, 230))
-        # few colours without dithering: half the size, and speckle stays speckle
-        pictures.append(picture.quantize(64, dither=Image.Dither.NONE))
-    pictures[0].save(
-        path,
-        format="GIF",
-        save_all=True,
-        append_images=pictures[1:],
-        duration=round(1000 / fps),
-        loop=0,
-    )
-    beside = "" if truth is None else ", beside them the true areas"
-    return f"Animation of {len(frames)} frames with the predicted outlines{beside}."
-
-
-def _outlined(frame: np.ndarray, labels: np.ndarray, side: int, *, filled: bool) -> np.ndarray:
-    """(side, side, 3) uint8: a frame with the outlines, or the areas, of its labels."""
-    from PIL import Image
-
-    grey = np.asarray(Image.fromarray(frame).resize((side, side), Image.Resampling.BILINEAR))
-    large = np.asarray(Image.fromarray(labels).resize((side, side), Image.Resampling.NEAREST))
-    rgb = grey[..., None].repeat(3, -1).astype(np.float32)
-    where = large > 0
-    if not filled:
-        where = np.zeros(large.shape, bool)
-        where[:-1] |= large[:-1] != large[1:]
-        where[:, :-1] |= large[:, :-1] != large[:, 1:]
-    opacity = 0.35 if filled else 1.0
-    colour = OUTLINES[np.minimum(large, len(OUTLINES) - 1)]
-    rgb[where] = (1 - opacity) * rgb[where] + opacity * colour[where]
-    return rgb.round().astype(np.uint8)

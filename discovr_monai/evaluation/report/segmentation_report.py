@@ -16,11 +16,12 @@ from discovr_monai.evaluation.heads.contours import (
     grid_ceiling,
     simpson_volume,
 )
-from discovr_monai.evaluation.report.plots import draw_agreement, draw_curves, save_overlay
+from discovr_monai.evaluation.report.plots import draw_agreement, draw_curves
 from discovr_monai.evaluation.report.results import Results
 from discovr_monai.evaluation.report.statistics import mean_metric, regression_metrics
 from discovr_monai.pages.charts import metric_name
 from discovr_monai.pages.drawing import resize_labels
+from discovr_monai.pages.overlay import save_overlay
 from discovr_monai.pages.page import CineView
 
 PHASES = {"ED": "ed_frame", "ES": "es_frame"}

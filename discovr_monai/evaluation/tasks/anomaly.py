@@ -8,7 +8,8 @@ import numpy as np
 
 from discovr_monai.evaluation.features.extract import Features, subset_by_patient
 from discovr_monai.evaluation.report.nearest import show_nearest, unit
-from discovr_monai.evaluation.report.plots import draw_map, draw_roc
+from discovr_monai.evaluation.report.pictures import show_map
+from discovr_monai.evaluation.report.plots import draw_roc
 from discovr_monai.evaluation.report.results import Results
 from discovr_monai.evaluation.report.statistics import auroc, average_precision, best_threshold, f1
 from discovr_monai.evaluation.tasks.targets import class_labels
@@ -128,8 +129,7 @@ class Anomaly:
         draw, names = self.results.draw, ["abnormal"]
         caption = f"{section}: abnormal against normal by the anomaly score."
         draw(f"{section}_roc.png", caption, draw_roc, truth[:, None], scores[:, None], names)
-        caption = f"{section}: the features, laid out by t-SNE."
-        draw(f"{section}_map.png", caption, draw_map, x, scores, None, "anomaly score")
+        show_map(self.results, section, x, scores, None, "anomaly score")
         order = np.argsort(-scores, kind="stable").tolist()
         chosen = {
             i: f"score {scores[i]:.3f}, {'abnormal' if truth[i] else 'normal'}"

@@ -8,9 +8,9 @@ import numpy as np
 
 from discovr_monai.evaluation.features.extract import Features, subset_by_patient
 from discovr_monai.evaluation.report.nearest import show_nearest, telling_cases, unit
-from discovr_monai.evaluation.report.plots import draw_confusion, draw_map, draw_roc
+from discovr_monai.evaluation.report.pictures import show_classes, show_map
 from discovr_monai.evaluation.report.results import Results
-from discovr_monai.evaluation.report.statistics import classification_metrics, confusion
+from discovr_monai.evaluation.report.statistics import classification_metrics
 from discovr_monai.evaluation.tasks.targets import class_labels
 
 HEADLINES = {"macro_f1": "kNN macro F1", "auroc": "kNN AUROC"}
@@ -108,11 +108,10 @@ class KNN:
                     )
                     self._report(section, f"k={k}", scores, truth, fraction)
                     if k == self.k[-1] and fraction == 1:
-                        self._draw(section, f"k={k}", scores, truth)
+                        title = f"{section}, k={k}"
+                        show_classes(self.results, section, title, truth, scores, self.classes)
                         self._nearest(section, kept, scores, labels)
-            caption = f"{section}: the features, laid out by t-SNE."
-            draw = (draw_map, queries, truth, self.classes, section)
-            self.results.draw(f"{section}_map.png", caption, *draw)
+            show_map(self.results, section, queries, truth, self.classes, section)
         return self.results.finish()
 
     def _report(
@@ -128,15 +127,6 @@ class KNN:
             headlines=HEADLINES if method == f"k={self.k[-1]}" and fraction == 1 else None,
         )
         self.results.predict(section, method, rows, fraction, truth=truth, score=scores)
-
-    def _draw(self, section: str, method: str, scores: np.ndarray, truth: np.ndarray) -> None:
-        table = confusion(truth, scores.argmax(1), np.ones(len(truth)), len(self.classes))
-        where, draw = f"{section}, {method}", self.results.draw
-        caption = f"{where}: how many cines of each class were called what."
-        draw(f"{section}_confusion.png", caption, draw_confusion, table, self.classes, where)
-        hot = truth[:, None] == np.arange(len(self.classes))
-        caption = f"{where}: each class against the rest."
-        draw(f"{section}_roc.png", caption, draw_roc, hot, scores, self.classes)
 
     def _nearest(
         self, section: str, kept: np.ndarray, scores: np.ndarray, labels: dict[str, np.ndarray]

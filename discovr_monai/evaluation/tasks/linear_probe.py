@@ -16,14 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from discovr_monai.evaluation.features.extract import Features, Section, subset_by_patient
 from discovr_monai.evaluation.heads.fitting import fit, scaled_groups
-from discovr_monai.evaluation.report.plots import (
-    draw_confusion,
-    draw_learning_curve,
-    draw_map,
-    draw_roc,
-)
+from discovr_monai.evaluation.report.pictures import show_classes, show_map
+from discovr_monai.evaluation.report.plots import draw_learning_curve
 from discovr_monai.evaluation.report.results import Results
-from discovr_monai.evaluation.report.statistics import classification_metrics, confusion
+from discovr_monai.evaluation.report.statistics import classification_metrics
 from discovr_monai.evaluation.tasks.targets import class_labels
 
 PROBES = ("logistic", "linear", "attentive")
@@ -230,7 +226,9 @@ class LinearProbe:
                     section, self.probe, rows[section], fraction, truth=truth, score=scores
                 )
                 if fraction == 1:
-                    self._draw(section, scores, truth)
+                    show_classes(self.results, section, section, truth, scores, self.classes)
+                    features = self.features[section].pooled(self.pooling)
+                    show_map(self.results, section, features, truth, self.classes, section)
         if len(self.label_fractions) > 1:
             caption = "Figures over the share of the training labels, with 95 % intervals."
             draw = (draw_learning_curve, self.label_fractions, curves)
@@ -271,15 +269,3 @@ class LinearProbe:
             return logits.softmax(-1).cpu().numpy()
 
         return predict
-
-    def _draw(self, section: str, scores: np.ndarray, truth: np.ndarray) -> None:
-        draw, n = self.results.draw, len(self.classes)
-        table = confusion(truth, scores.argmax(1), np.ones(len(truth)), n)
-        caption = f"{section}: how many cines of each class were called what."
-        draw(f"{section}_confusion.png", caption, draw_confusion, table, self.classes, section)
-        hot = truth[:, None] == np.arange(n)
-        caption = f"{section}: each class against the rest."
-        draw(f"{section}_roc.png", caption, draw_roc, hot, scores, self.classes)
-        features = self.features[section].pooled(self.pooling)
-        caption = f"{section}: the features, laid out by t-SNE."
-        draw(f"{section}_map.png", caption, draw_map, features, truth, self.classes, section)

@@ -20,12 +20,8 @@ from discovr_monai.evaluation.features.extract import Features, Section, subset_
 from discovr_monai.evaluation.heads.fitting import fit, last_blocks, scaled_groups
 from discovr_monai.evaluation.heads.saved import LinearHead, fit_familiarity, views_of, write_head
 from discovr_monai.evaluation.report.nearest import show_nearest
-from discovr_monai.evaluation.report.plots import (
-    draw_agreement,
-    draw_learning_curve,
-    draw_map,
-    draw_roc,
-)
+from discovr_monai.evaluation.report.pictures import show_map
+from discovr_monai.evaluation.report.plots import draw_agreement, draw_learning_curve, draw_roc
 from discovr_monai.evaluation.report.results import Results
 from discovr_monai.evaluation.report.statistics import (
     auroc,
@@ -254,8 +250,7 @@ class LVEF:
         caption = f"{section}: hearts below an EF by the predicted one."
         draw(f"{section}_roc.png", caption, draw_roc, low, scores, names)
         pooled = self.features[section].pooled(self.pooling)
-        caption = f"{section}: the features, laid out by t-SNE."
-        draw(f"{section}_map.png", caption, draw_map, pooled, truth, None, "EF (%)")
+        show_map(self.results, section, pooled, truth, None, "EF (%)")
         order = np.argsort(np.abs(truth - predicted), kind="stable").tolist()
         chosen = {
             i: f"EF {truth[i]:.0f} %, predicted {predicted[i]:.0f} %"

@@ -1,0 +1,49 @@
+"""The pictures that several evaluations share, drawn once and added to the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from discovr_monai.evaluation.report.plots import draw_confusion, draw_map, draw_roc
+from discovr_monai.evaluation.report.results import Results
+from discovr_monai.evaluation.report.statistics import confusion
+
+
+def show_classes(
+    results: Results,
+    section: str,
+    title: str,
+    truth: np.ndarray,
+    scores: np.ndarray,
+    classes: Sequence[str],
+) -> None:
+    """Adds the confusion matrix and the ROC curves of a classification.
+
+    Args:
+        section: of the datalist; begins the names of the files.
+        title: stands above the confusion matrix and begins the captions.
+        truth: (M,) int classes.
+        scores: (M, C).
+        classes: their C names.
+    """
+    table = confusion(truth, scores.argmax(1), np.ones(len(truth)), len(classes))
+    caption = f"{title}: how many cines of each class were called what."
+    results.draw(f"{section}_confusion.png", caption, draw_confusion, table, classes, title)
+    one_hot = truth[:, None] == np.arange(len(classes))
+    caption = f"{title}: each class against the rest."
+    results.draw(f"{section}_roc.png", caption, draw_roc, one_hot, scores, classes)
+
+
+def show_map(
+    results: Results,
+    section: str,
+    features: np.ndarray,
+    colour: np.ndarray,
+    names: Sequence[str] | None,
+    title: str,
+) -> None:
+    """Adds the t-SNE map of a section's features; see :func:`draw_map` for the arguments."""
+    caption = f"{section}: the features, laid out by t-SNE."
+    results.draw(f"{section}_map.png", caption, draw_map, features, colour, names, title)
