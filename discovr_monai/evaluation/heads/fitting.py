@@ -1,4 +1,4 @@
-"""The supervised loop of heads and of fine-tuning: MONAI's trainer, the best epoch kept."""
+"""The supervised training of heads and of an encoder's last blocks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from discovr_monai.networks.vit import VisionTransformer
 def last_blocks(
     encoder: VisionTransformer, count: int, *, layer_decay: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Freezes an encoder but for its last blocks and final norm, and gives their groups.
+    """Freezes an encoder but for its last blocks and final norm, and groups their parameters.
 
     Args:
         encoder: changed in place.
-        count: blocks to train, 0 for none (then the norm stays frozen too).
-        layer_decay: each block's lr is that of the one after it times this.
-        weight_decay: of matrices only.
+        count: how many blocks are trained; with 0, the norm stays frozen too.
+        layer_decay: a block's learning rate is that of the block after it times this.
+        weight_decay: of matrices; vectors have none.
 
     Returns:
         Parameter groups with "lr_scale".
@@ -40,9 +40,7 @@ def last_blocks(
         )
     encoder.requires_grad_(False)
     groups: list[dict[str, Any]] = []
-    if not count:
-        return groups
-    layers = [encoder.norm, *list(encoder.blocks)[::-1][:count]]
+    layers = [encoder.norm, *list(encoder.blocks)[::-1][:count]] if count else []
     for depth, layer in enumerate(layers):
         layer.requires_grad_(True)
         scale = layer_decay ** max(depth, 1)  # the norm moves with the last block
@@ -61,6 +59,23 @@ def scaled_groups(module: nn.Module, scale: float, weight_decay: float) -> list[
     ]
 
 
+class _BestEpoch:
+    """After each epoch, validates the network and remembers its state if that is the best."""
+
+    def __init__(self, network: nn.Module, validate: Callable[[], float], bar: tqdm) -> None:
+        self.network, self.validate, self.bar = network, validate, bar
+        self.figure, self.state = math.inf, copy.deepcopy(network.state_dict())
+
+    def __call__(self, _: Engine) -> None:
+        self.network.eval()
+        with torch.no_grad():
+            figure = self.validate()
+        if figure < self.figure:
+            self.figure, self.state = figure, copy.deepcopy(self.network.state_dict())
+        self.bar.set_postfix(validation=f"{figure:.3f}", best=f"{self.figure:.3f}")
+        self.bar.update()
+
+
 def fit(
     network: nn.Module,
     groups: Sequence[dict[str, Any]],
@@ -77,9 +92,12 @@ def fit(
 ) -> float:
     """Trains with AdamW and a warmed-up cosine; leaves the network at its best epoch.
 
+    Supervised heads have this loop of their own, on MONAI's SupervisedTrainer, because the
+    self-supervised pretraining's trainer has teachers and two branches that they do not need.
+
     Args:
         network: on the device; its own ``train`` says what stays in evaluation.
-        groups: parameters with "lr_scale".
+        groups: parameters with "lr_scale", see :func:`scaled_groups`.
         loader: batches.
         prepare: (batch, device, non_blocking) -> (inputs, targets).
         loss: (outputs, targets) -> scalar.
@@ -98,43 +116,27 @@ def fit(
             f"epochs {epochs} must be at least 1, and there must be a batch to train on"
         )
     optimizer = torch.optim.AdamW(list(groups), lr=lr)
-    schedule = WarmupCosine(
-        peak=lr, total=epochs * len(loader), warmup=int(warmup_epochs * len(loader))
-    )
-    trainer = SupervisedTrainer(
-        device=torch.device(device),
-        max_epochs=epochs,
-        train_data_loader=loader,
-        network=network,
-        optimizer=optimizer,
-        loss_function=loss,
-        prepare_batch=prepare,
-        decollate=False,
-    )
-    best: dict[str, Any] = {"figure": math.inf, "state": copy.deepcopy(network.state_dict())}
-    bar = tqdm(total=epochs, desc=progress, unit="epoch", disable=progress is None)
-
-    def set_lr(engine: Engine) -> None:
-        value = schedule(engine.state.iteration - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = value * group["lr_scale"]
-
-    def keep_best(_: Engine) -> None:
-        network.eval()
-        with torch.no_grad():
-            figure = validate()
-        if figure < best["figure"]:
-            best.update(figure=figure, state=copy.deepcopy(network.state_dict()))
-        bar.set_postfix(validation=f"{figure:.3f}", best=f"{best['figure']:.3f}")
-        bar.update()
-
-    trainer.add_event_handler(Events.ITERATION_STARTED, set_lr)
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, keep_best)
-    trainer.logger.setLevel("ERROR")
-    trainer.run()
-    bar.close()
-    if not math.isfinite(best["figure"]):
+    with tqdm(total=epochs, desc=progress, unit="epoch", disable=progress is None) as bar:
+        best = _BestEpoch(network, validate, bar)
+        trainer = SupervisedTrainer(
+            torch.device(device), epochs, loader, network, optimizer, loss,
+            prepare_batch=prepare, decollate=False,
+        )  # fmt: skip
+        steps = len(loader)
+        schedule = WarmupCosine(lr, total=epochs * steps, warmup=int(warmup_epochs * steps))
+        trainer.add_event_handler(Events.ITERATION_STARTED, _set_lr, optimizer, schedule)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, best)
+        trainer.logger.setLevel("ERROR")
+        trainer.run()
+    if not math.isfinite(best.figure):
         raise ValueError(f"the training diverged: no epoch's loss was a number. Lower lr ({lr:g})")
-    network.load_state_dict(best["state"])
+    network.load_state_dict(best.state)
     network.eval()
-    return float(best["figure"])
+    return float(best.figure)
+
+
+def _set_lr(engine: Engine, optimizer: torch.optim.Optimizer, schedule: WarmupCosine) -> None:
+    """Each group gets the schedule's learning rate times its own "lr_scale"."""
+    value = schedule(engine.state.iteration - 1)
+    for group in optimizer.param_groups:
+        group["lr"] = value * group["lr_scale"]
