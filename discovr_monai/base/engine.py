@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from itertools import islice
 from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from pebble import ProcessPool
 
 Failure = tuple[str, str, str]  # kind, problem, remedy
 
-
-@dataclass
-class _Worker:
-    process: Any
-    connection: Connection
-    ready: bool = False
-    job: Any = None
-    since: float = field(default_factory=time.monotonic)
-
-
-def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        connection.send(None)  # ready: what it needs is imported
-        while True:
-            connection.send(function(connection.recv()))
+REMEDY = "Copy or export it again, or leave it out"
+STUCK = 600.0  # seconds beyond a job's limit after which a silent pool is started anew
 
 
 class IsolatedPool:
     """Processes that run one function, through as many runs of jobs as there are.
 
-    They start with the first job that there is for them, and wait between runs. The function must
+    They start with the first job that there is for them and wait between runs. The function must
     not raise. A process that dies or takes too long is replaced; its job ends in a failure.
 
     Args:
         function: of one job; it, the jobs and the results must pickle.
         workers: processes.
-        timeout: seconds that one job may take.
+        timeout: seconds that one job may take; the start of its process does not count.
     """
 
     def __init__(
         self, function: Callable[[Any], Any], *, workers: int, timeout: float = 120.0
     ) -> None:
         self.function, self.workers, self.timeout = function, max(1, workers), timeout
-        self._idle: list[_Worker] = []
+        self._pool: ProcessPool | None = None
+        self._size = 0  # processes of the pool: no more than there were jobs for
+        self._running: dict[Future, tuple[Any, bool]] = {}  # -> job, whether it is its last try
 
     def __enter__(self) -> IsolatedPool:
         return self
@@ -54,12 +44,17 @@ class IsolatedPool:
         self.close()
 
     def close(self) -> None:
-        """Ends the processes."""
-        while self._idle:
-            _stop(self._idle.pop())
+        """Ends the processes; another run starts new ones."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+        self._pool, self._size = None, 0
+        for future in self._running:
+            if not future.done():
+                future.set_exception(BrokenExecutor("its pool was closed"))
 
     def run(self, jobs: Iterable[Any]) -> Iterator[tuple[Any, Any, Failure | None]]:
-        """Runs jobs, a few at a time, in any order.
+        """Runs jobs, as many at a time as there are processes, in any order.
 
         Args:
             jobs: taken as needed, so there may be any number.
@@ -68,68 +63,53 @@ class IsolatedPool:
             (job, result, None), or (job, None, (kind, problem, remedy)).
         """
         queue = iter(jobs)
-        busy: list[_Worker] = []
+        first = list(islice(queue, self.workers))
+        if len(first) > self._size:
+            self._start(len(first))
         try:
-            for _ in range(self.workers):
-                self._give(queue, busy)
-            while busy:
-                ready = set(wait([w.connection for w in busy], timeout=1.0))
-                for worker in list(busy):
-                    heard = self._hear(worker, worker.connection in ready)
-                    if heard is None:
+            for job in first:
+                self._schedule(job)
+            while self._running:
+                for future in self._finished():
+                    job, last_try = self._running.pop(future)
+                    if isinstance(future.exception(), BrokenExecutor) and not last_try:
+                        self._schedule(job, last_try=True)  # the pool broke before the job began
                         continue
-                    result, failure = heard
-                    job = worker.job
-                    busy.remove(worker)
-                    if failure is None:
-                        self._idle.append(worker)
-                    else:
-                        _stop(worker)
-                    self._give(queue, busy)
-                    yield job, result, failure
+                    for following in islice(queue, 1):
+                        self._schedule(following)
+                    yield job, *self._outcome(future)
         finally:
-            for worker in busy:  # nobody waits for what they do
-                _stop(worker)
+            for future in self._running:  # nobody waits for them any more
+                future.cancel()
+            self._running.clear()
 
-    def _give(self, queue: Iterator[Any], busy: list[_Worker]) -> None:
-        """The next job, if there is one, to a process that waits, or to a new one."""
-        for job in queue:
-            worker = self._idle.pop() if self._idle else self._start()
-            try:
-                worker.connection.send(job)
-            except OSError:  # it died while it waited
-                _stop(worker)
-                worker = self._start()
-                worker.connection.send(job)
-            worker.job, worker.since = job, time.monotonic()
-            busy.append(worker)
-            return
+    def _start(self, size: int) -> None:
+        self.close()
+        self._pool, self._size = ProcessPool(size, context=get_context("spawn")), size
 
-    def _hear(self, worker: _Worker, ready: bool) -> tuple[Any, Failure | None] | None:
-        """A job's result and failure; None while it runs."""
-        if ready and not worker.ready:
-            with contextlib.suppress(EOFError, OSError):
-                worker.connection.recv()
-                worker.ready, worker.since = True, time.monotonic()
-                return None
-        if ready:
-            try:
-                return worker.connection.recv(), None
-            except (EOFError, OSError):
-                problem = "it made the reading process crash"
-                return None, ("unreadable", problem, "Copy or export it again, or leave it out")
-        if worker.ready and time.monotonic() - worker.since > self.timeout:
-            problem = f"reading it took over {self.timeout:g} s"
-            return None, ("unreadable", problem, "Copy or export it again, or leave it out")
-        return None
+    def _schedule(self, job: Any, *, last_try: bool = False) -> None:
+        if self._pool is None or not self._pool.active:  # it breaks when an idle process dies
+            self._start(max(self._size, len(self._running) + 1))
+        assert self._pool is not None
+        future = self._pool.schedule(self.function, args=(job,), timeout=self.timeout)
+        self._running[future] = job, last_try
 
-    def _start(self) -> _Worker:
-        context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.function), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(process, ours)
+    def _finished(self) -> Collection[Future]:
+        """Waits until jobs are done, and takes apart a pool that will never finish any."""
+        begun = time.monotonic()
+        while not (done := wait(self._running, 1.0, FIRST_COMPLETED).done):
+            silent = time.monotonic() - begun > self.timeout + STUCK
+            if silent or self._pool is None or not self._pool.active:
+                self.close()
+        return done
+
+    def _outcome(self, future: Future) -> tuple[Any, Failure | None]:
+        error = future.exception()
+        if error is None:
+            return future.result(), None
+        if isinstance(error, TimeoutError):
+            return None, ("unreadable", f"reading it took over {self.timeout:g} s", REMEDY)
+        return None, ("unreadable", "it made the reading process crash", REMEDY)
 
 
 def run_isolated(
@@ -142,10 +122,3 @@ def run_isolated(
     """One run of jobs in processes of their own; see :class:`IsolatedPool`."""
     with IsolatedPool(function, workers=workers, timeout=timeout) as pool:
         yield from pool.run(jobs)
-
-
-def _stop(worker: _Worker) -> None:
-    worker.connection.close()
-    worker.process.kill()
-    worker.process.join()
-    worker.process.close()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import Future
 from multiprocessing import active_children
 
 import pytest
 
+from discovr_monai.base import engine
 from discovr_monai.base.engine import IsolatedPool, run_isolated
 
 
@@ -92,3 +94,30 @@ def test_what_an_abandoned_run_was_doing_reaches_nobody(pool):
     next(run)
     run.close()
     assert sorted(result[0] for _, result, _ in pool.run("xy")) == list("xy")
+
+
+def test_a_pool_that_goes_silent_is_started_anew_and_loses_no_job(pool, monkeypatch):
+    """Such as when a process was killed just as it held the lock that all of them share."""
+    assert len(list(pool.run("ab"))) == 2
+    monkeypatch.setattr(engine, "STUCK", -2.0)  # of the four seconds that a job has
+    schedule, silent = pool._pool.schedule, []
+
+    def swallow(function, **options):
+        if silent:
+            return schedule(function, **options)
+        silent.append(Future())
+        return silent[0]
+
+    monkeypatch.setattr(pool._pool, "schedule", swallow)
+    results = list(pool.run("c"))
+    assert [(job, failure) for job, _, failure in results] == [("c", None)]
+    assert silent
+
+
+def test_jobs_are_taken_as_they_are_needed(pool):
+    taken = []
+    run = pool.run(taken.append(job) or job for job in range(1000))
+    for _ in range(5):
+        next(run)
+    assert len(taken) <= 5 + 2
+    run.close()

@@ -149,9 +149,9 @@ def test_a_killed_run_goes_on_with_another_number_of_workers(
 def test_reading_processes_last_for_all_parts(model_file, labelled, done, tmp_path, monkeypatch):
     started = []
 
-    def start(pool):
-        started.append(pool)
-        return once(pool)
+    def start(pool, processes):
+        started.extend([pool] * processes)
+        return once(pool, processes)
 
     once = IsolatedPool._start
     monkeypatch.setattr(IsolatedPool, "_start", start)
