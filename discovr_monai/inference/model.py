@@ -17,7 +17,7 @@ from discovr_monai.evaluation.features.encoders import (
     read_about,
 )
 from discovr_monai.evaluation.features.extract import POOLINGS
-from discovr_monai.evaluation.heads.saved import Familiarity, LinearHead, familiar_features
+from discovr_monai.evaluation.heads.saved import EFHead, Familiarity, familiar_features
 from discovr_monai.evaluation.heads.segmenter import SegmentationHead, Segmenter
 from discovr_monai.networks.vit import VisionTransformer
 from discovr_monai.weights.files import DESCRIPTION, CheckpointError, describe, load_strict
@@ -60,7 +60,7 @@ class EchoModel(nn.Module):
             self.add_module(name, encoder)
             self.encoders[name] = FrozenEncoder(encoder, about["video"]["num_frames"])
         if "ef" in self.heads:
-            self.ef = LinearHead(self.heads["ef"]["width"])
+            self.ef = EFHead(self.heads["ef"]["width"])
         if "segmentation" in self.heads:
             head, like = self.heads["segmentation"], self.encoders[self._of("segmentation")]
             self.segmentation = SegmentationHead(

@@ -1,7 +1,7 @@
-"""Heads that leave an evaluation for inference: what they hold, and when they may speak.
+"""Heads that an evaluation saves for inference, and when they may be used.
 
-A head belongs to one checkpoint, to the views that it was trained on, and to cines like those:
-its :class:`Familiarity` says how unlike its training a cine is.
+A head belongs to one checkpoint, to the views that it was trained on, and to cines like those: its
+:class:`Familiarity` says how unlike its training cines another one is.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from torch import Tensor, nn
 
 from discovr_monai.base.files import save_atomic
 from discovr_monai.base.types import DatalistRow
-from discovr_monai.evaluation.features.extract import Section
+from discovr_monai.evaluation.features.extract import Section, patients_of
 from discovr_monai.weights.files import DESCRIPTION, CheckpointError, describe, read_safetensors
 
 FORMAT = 1
 KINDS = ("ef", "segmentation")
 FAMILIAR = 0.99  # share of held-out cines that count as familiar
-ENOUGH, FOLDS = 50, 5  # held-out cines that say what is familiar; parts, where there are fewer
+ENOUGH = 50  # held-out cines from which on they alone set the limit
+FOLDS = 5  # of the cross-validation where there are fewer
 
 
-class LinearHead(nn.Module):
-    """Pooled features to EF in percent, and the half-width of its conformal interval.
+class EFHead(nn.Module):
+    """A linear layer from pooled features to the EF, with the half-width of its interval.
 
     Args:
-        width: D of the features.
+        width: D, the number of features.
     """
 
     def __init__(self, width: int) -> None:
@@ -44,15 +45,17 @@ class LinearHead(nn.Module):
         self.register_buffer("radius", torch.zeros(1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B,) percent."""
+        """(B, D) -> (B,) EF in percent, which may lie outside of 0..100."""
         return features @ self.weight + self.bias
 
 
 class Familiarity(nn.Module):
-    """How far features lie from those of a head's training cines.
+    """How far features lie from those of the cines that a head was trained on.
 
-    Mahalanobis distance per dimension, with Ledoit and Wolf's covariance (2004): about 1 for a
-    training cine. Above ``limit``, which 99 % of held-out cines keep, a head says nothing.
+    The measure is the Mahalanobis distance divided by the square root of the number of
+    dimensions, with the covariance of Ledoit and Wolf (2004): about 1 for a training cine. It is
+    given as a share of ``limit``, below which 99 % of held-out cines lie. Above 1, the head must
+    not be used.
 
     Args:
         width: D of :func:`familiar_features`.
@@ -68,84 +71,105 @@ class Familiarity(nn.Module):
         self.register_buffer("limit", torch.ones(1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B,) distances; not above 1: familiar."""
-        apart = features.double() - self.mean.double()
-        square = torch.einsum("bi,ij,bj->b", apart, self.precision.double(), apart)
+        """(B, D) -> (B,) distances as a share of the limit; up to 1 a cine is familiar."""
+        offset = features.double() - self.mean.double()
+        square = torch.einsum("bi,ij,bj->b", offset, self.precision.double(), offset)
         return ((square / len(self.mean)).clamp_min(0).sqrt() / self.limit).float()
 
     @classmethod
-    def fit(cls, train: np.ndarray, held_out: np.ndarray) -> Familiarity:
-        """From the features (M, D) of training cines and of others like them.
+    def fit(
+        cls, train: np.ndarray, held_out: np.ndarray, patients: Sequence[str] | None = None
+    ) -> Familiarity:
+        """Learns the distribution of the training cines, and the limit from the held-out ones.
 
-        Few others say little of the limit: with under ENOUGH, it is that of all cines, each a
-        stranger to the distribution that it is measured by (cross-validation).
+        A few held-out cines say little about the limit. With fewer than ENOUGH of them it comes
+        from cross-validation over all cines instead: each one is measured by the distribution of
+        the folds that it is not in. A patient's cines stay in one fold, because a cine would look
+        too familiar beside others of its own patient.
+
+        Args:
+            train, held_out: (M, D) features.
+            patients: whose cine each row is, those of ``train`` first; None if all differ.
         """
         if len(held_out) >= ENOUGH:
-            self = cls._of(train)
-            distances = self(torch.from_numpy(held_out).float()).numpy()
+            self = cls._without_limit(train)
+            distances = self._distances(held_out)
         else:
-            train = np.concatenate((train, held_out))
-            self = cls._of(train)
-            fold = np.arange(len(train)) % FOLDS
+            rows = np.concatenate((train, held_out))
+            owners = np.arange(len(rows)) if patients is None else np.asarray(patients)
+            self = cls._without_limit(rows)
+            names, numbers = np.unique(owners, return_inverse=True)
+            fold = numbers % FOLDS
             distances = np.concatenate([
-                cls._of(train[fold != k])(torch.from_numpy(train[fold == k]).float()).numpy()
-                for k in range(min(FOLDS, len(train)))
+                cls._without_limit(rows[fold != k])._distances(rows[fold == k])
+                for k in range(min(FOLDS, len(names)))
             ])  # fmt: skip
         self.limit.fill_(float(np.quantile(distances, FAMILIAR)))
         return self
 
     @classmethod
-    def _of(cls, train: np.ndarray) -> Familiarity:
-        """Without a limit."""
-        found = LedoitWolf().fit(train.astype(np.float64))
+    def _without_limit(cls, train: np.ndarray) -> Familiarity:
+        """The distribution of (M, D) features, its limit still 1."""
+        covariance = LedoitWolf().fit(train.astype(np.float64))
         self = cls(train.shape[1])
-        self.mean.copy_(torch.from_numpy(found.location_))
-        self.precision.copy_(torch.from_numpy(found.get_precision()))
+        self.mean.copy_(torch.from_numpy(covariance.location_))
+        self.precision.copy_(torch.from_numpy(covariance.get_precision()))
         return self
+
+    def _distances(self, features: np.ndarray) -> np.ndarray:
+        distances: np.ndarray = self(torch.from_numpy(features).float()).numpy()
+        return distances
 
 
 def familiar_features(mean: Tensor, motion: Tensor) -> Tensor:
-    """What familiarity looks at: how a cine's tokens are, and how they change.
+    """What familiarity looks at: how a cine's tokens are, and how they change over time.
 
     Args:
-        mean: (B, d); motion: (B, d P) of P places; see
+        mean: (B, d) and
+        motion: (B, d P) with P places, both of
             :func:`discovr_monai.evaluation.features.encoders.pool_tokens`.
 
     Returns:
-        (B, 2 d).
+        (B, 2 d): the mean, and the motion averaged over the places.
+
+    >>> familiar_features(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 3.0, 5.0, 5.0]]))
+    tensor([[1., 2., 2., 5.]])
     """
     return torch.cat((mean, motion.unflatten(1, (mean.shape[1], -1)).mean(-1)), 1)
 
 
 def fit_familiarity(train: Section, held_out: Section) -> Familiarity:
-    """From the features of a head's training cines, and of others like them."""
-    both = (
+    """The familiarity of a head, from its training cines and from others like them."""
+    features = (
         familiar_features(torch.from_numpy(s.mean), torch.from_numpy(s.motion)).numpy()
         for s in (train, held_out)
     )
-    return Familiarity.fit(*both)
+    return Familiarity.fit(*features, patients_of([*train.rows, *held_out.rows]))
 
 
 def views_of(rows: Sequence[DatalistRow], view: str | None) -> list[str]:
-    """The views that a head is trained on.
+    """The sorted views that a head is trained on.
 
     Args:
         view: of the rows that do not name theirs.
 
     Raises:
         ValueError: if some row's view is unknown: such a head could not be used safely.
+
+    >>> views_of([{"view": "A4C"}, {}, {"view": "A4C"}], "A2C")
+    ['A2C', 'A4C']
     """
-    found = {str(r.get("view") or view or "") for r in rows}
-    if "" in found:
+    views = {str(r.get("view") or view or "") for r in rows}
+    if "" in views:
         raise ValueError(
             "the view of some training cines is unknown, and a head is only used on the views "
             'that it was trained on: name them in the datalist ("view"), or all at once by --view'
         )
-    return sorted(found)
+    return sorted(views)
 
 
 def write_head(path: str | Path, about: Mapping[str, Any], parts: Mapping[str, nn.Module]) -> None:
-    """Writes a head's modules as safetensors, ``about`` in its header."""
+    """Writes a head's modules by name as one safetensors file, with ``about`` in its header."""
     from safetensors.torch import save_file
 
     tensors = {
@@ -158,10 +182,10 @@ def write_head(path: str | Path, about: Mapping[str, Any], parts: Mapping[str, n
 
 
 def read_head(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What :func:`write_head` wrote: about, tensors.
+    """Reads a file of :func:`write_head`: its ``about``, and the tensors as "MODULE.NAME".
 
     Raises:
-        CheckpointError: if it is something else.
+        CheckpointError: if the file is missing, damaged or something else.
     """
     path = Path(path)
     remedy = "make it with --save_head in configs/lvef.yaml or segmentation.yaml"
@@ -178,12 +202,14 @@ def read_head(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def bundle_heads(checkpoint: str | Path, heads: Sequence[str | Path], output: str | Path) -> None:
-    """A training's teachers and heads in one file, for inference.
+    """Writes one file for inference with a checkpoint's encoders and its heads.
+
+    The file holds the video teacher and the branches that the heads look through.
 
     Args:
         checkpoint: last.pt or best.pt of a training, or a converted file.
         heads: files of :func:`write_head`, at most one of a kind, made from this checkpoint.
-        output: models/model.pt of the bundle, say.
+        output: the file, such as models/model.pt of the bundle.
 
     Raises:
         CheckpointError: if a head was made from another checkpoint.
@@ -191,7 +217,7 @@ def bundle_heads(checkpoint: str | Path, heads: Sequence[str | Path], output: st
     from discovr_monai.evaluation.features.encoders import read_about
 
     state = read_about(checkpoint)
-    found: dict[str, Any] = {}
+    abouts: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for path in heads:
         about, parts = read_head(path)
@@ -200,15 +226,15 @@ def bundle_heads(checkpoint: str | Path, heads: Sequence[str | Path], output: st
                 f"head {Path(path).name} was made from another checkpoint than "
                 f"{Path(checkpoint).name}: evaluate this one with --save_head"
             )
-        if about["kind"] in found:
+        if about["kind"] in abouts:
             raise CheckpointError(f"two heads for {about['kind']}: give one of each kind")
-        found[about["kind"]] = about
+        abouts[about["kind"]] = about
         tensors |= parts
-    branches = {"video_teacher", *(h["branch"] for h in found.values())}
+    branches = {"video_teacher", *(about["branch"] for about in abouts.values())}
     for key, value in state["network"].items():
         if key.split(".")[0] in branches:
             tensors[key] = value.contiguous()
-    settings = {**state["about"], "heads": found}
+    settings = {**state["about"], "heads": abouts}
     if not any(branch.startswith("image") for branch in branches):
         settings["image"] = None
     tensors[DESCRIPTION] = describe(settings)

@@ -197,6 +197,7 @@ class Results:
                 metrics=self._flat(),
                 headlines=self._headlines(),
                 artifacts=[*files, *(p.file for p in self.pictures)],
+                output_dir=self.folder,
             )
         return content
 

@@ -18,7 +18,7 @@ from discovr_monai.data.clips.dataset import ClipDataset, EpochSampler
 from discovr_monai.evaluation.features.encoders import PLACES, FrozenEncoder, pool_tokens, pooled
 from discovr_monai.evaluation.features.extract import Features, Section, subset_by_patient
 from discovr_monai.evaluation.heads.fitting import fit, last_blocks, scaled_groups
-from discovr_monai.evaluation.heads.saved import LinearHead, fit_familiarity, views_of, write_head
+from discovr_monai.evaluation.heads.saved import EFHead, fit_familiarity, views_of, write_head
 from discovr_monai.evaluation.report.nearest import show_nearest
 from discovr_monai.evaluation.report.pictures import show_map
 from discovr_monai.evaluation.report.plots import draw_agreement, draw_learning_curve, draw_roc
@@ -279,7 +279,7 @@ class LVEF:
         """The ridge head of all labels, and what is like its training."""
         assert self.save_head is not None
         encoder, (weight, bias, _) = self.features.encoder, self._line
-        head = LinearHead(len(weight))
+        head = EFHead(len(weight))
         head.weight.copy_(torch.from_numpy(weight))
         head.bias.fill_(bias)
         head.radius.fill_(radius)
