@@ -109,9 +109,9 @@ def wrap_ours(clock: Clock) -> None:
     from discovr_monai.data.read import loader
     from discovr_monai.networks import discovr, heads, vit
     from discovr_monai.phantom import dataset as phantom
-    from discovr_monai.training import checkpoint, handlers, trainer
+    from discovr_monai.training import checkpoint, handlers, mlflow_handler, trainer
 
-    tracking = handlers.Tracking
+    tracking = mlflow_handler.Tracking
     for owner, function, name in (
         (ConfigWorkflow, "__init__", "read the config (MONAI)"),
         (configuration, "check_command_line", "check the command line"),
@@ -122,7 +122,7 @@ def wrap_ours(clock: Clock) -> None:
         *((c, "__init__", "build the network") for c in (discovr.Discovr, vit.VisionTransformer)),
         *((c, "__init__", "build the network") for c in (heads.ProjectionHead, heads.Decoder)),
         (torch.optim.AdamW, "__init__", "make the optimiser"),
-        (handlers, "make_store", "make MLflow's store"),
+        (mlflow_handler, "make_store", "make MLflow's store"),
         (tracking, "__init__", "open MLflow's store"),
         (tracking, "start", "begin MLflow's run"),
         (tracking, "_tag", "begin MLflow's run"),
@@ -136,7 +136,7 @@ def wrap_ours(clock: Clock) -> None:
 def wrap_calls(clock: Clock) -> None:
     """What an epoch is made of."""
     from discovr_monai.data.clips import dataset
-    from discovr_monai.training import checkpoint, handlers, trainer
+    from discovr_monai.training import checkpoint, handlers, mlflow_handler, trainer
 
     for owner, function, name in (
         (trainer.DiscovrTrainer, "_iteration", "step"),
@@ -145,8 +145,8 @@ def wrap_calls(clock: Clock) -> None:
         (handlers.ValidationLoss, "_validate", "validation"),
         (handlers.Pictures, "_epoch_completed", "pictures"),
         (checkpoint.Checkpoints, "save", "checkpoint"),
-        (handlers.Tracking, "_log_iteration", "MLflow, a step"),
-        (handlers.Tracking, "_write", "MLflow, a write"),
+        (mlflow_handler.Tracking, "_log_iteration", "MLflow, a step"),
+        (mlflow_handler.Tracking, "_write", "MLflow, a write"),
         (handlers.Progress, "_advance", "screen, a step"),
         (handlers.EpochMeans, "_add", "means, a step"),
         (handlers.CollapseWatch, "_look", "collapse watch, a step"),

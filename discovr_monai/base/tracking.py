@@ -3,6 +3,10 @@
 Trainings are runs of one experiment. In the evaluations' experiment a run stands for a checkpoint
 (on one data set, by one branch) and holds the few figures that sum its evaluations up; these are
 its children. So one table says which checkpoint is best, and how it was trained.
+
+Only a run itself tells MLflow that it has ended: one that is killed would stay RUNNING. Runs are
+therefore tagged with a salted hash of their output folder, and the next run that starts in the same
+folder and experiment marks those before it as KILLED.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import json
 import logging
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,12 +25,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from discovr_monai.base.running import end_dead_runs, hold, release
+from discovr_monai.base.privacy import load_salt, salted_id
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 VIEW = "discovr"  # the id of our view of an experiment
+FOLDER_TAG = "output_folder"  # of a run: the salted hash of where it writes
 
 
 class View(NamedTuple):
@@ -89,27 +95,33 @@ def training_store(bundle_root: str, output_dir: str) -> str:
     So that one page compares everything made in a bundle, and a training whose output goes
     elsewhere (a cluster's volume) writes nowhere else.
     """
-    shared, own = Path(bundle_root).resolve() / "output", Path(output_dir).resolve()
-    folder = shared if own.is_relative_to(shared) else own
+    shared, output = Path(bundle_root).resolve() / "output", Path(output_dir).resolve()
+    folder = shared if output.is_relative_to(shared) else output
     return f"sqlite:///{folder / 'mlruns.db'}"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what matters, and the git commit where there is one."""
-    found = {p: version(p) for p in ("discovr-monai", "torch", "monai", "pytorch-ignite", "numpy")}
+    """Versions of the packages that decide a result, and the git commit where there is one."""
+    names = ("discovr-monai", "torch", "monai", "pytorch-ignite", "numpy")
+    by_package = {name: version(name) for name in names}
+    command = ["git", "rev-parse", "HEAD"]
     try:
         here = Path(__file__).parent
-        run = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        found["git_commit"] = run.stdout.strip()
+        git = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        by_package["git_commit"] = git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        found["git_commit"] = "unknown"
-    return found
+        by_package["git_commit"] = "unknown"
+    return by_package
 
 
 def store_file(tracking_uri: str) -> Path | None:
-    """The file of a SQLite store, None for other stores."""
+    """The file of a SQLite store; None for other stores.
+
+    >>> str(store_file("sqlite:////data/mlruns.db"))
+    '/data/mlruns.db'
+    >>> store_file("http://127.0.0.1:5000") is None
+    True
+    """
     if not tracking_uri.startswith("sqlite:///"):
         return None
     from sqlalchemy import make_url
@@ -118,7 +130,7 @@ def store_file(tracking_uri: str) -> Path | None:
 
 
 def artifacts_place(tracking_uri: str) -> str | None:
-    """Where a store's pictures and tables lie: "mlruns" beside a SQLite file; None: its own way."""
+    """The folder "mlruns" beside a SQLite file, for pictures and tables; None for other stores."""
     file = store_file(tracking_uri)
     return None if file is None else (file.parent / "mlruns").resolve().as_uri()
 
@@ -128,7 +140,7 @@ def make_store(tracking_uri: str) -> None:
 
     MLflow leads a new file through all of its past layouts and waits for the disk after each of
     some hundred statements. Here it does so in a temporary file without waiting, which is renamed
-    once it is whole and on disk; a file that another process made meanwhile stays.
+    once it is whole and on disk. A file that another process has made meanwhile stays.
 
     Args:
         tracking_uri: "sqlite:////.../mlruns.db" or a server's address.
@@ -139,18 +151,10 @@ def make_store(tracking_uri: str) -> None:
     file = store_file(tracking_uri)
     if file is None or file.exists():
         return
-    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-    from sqlalchemy import event
-    from sqlalchemy.pool import Pool
-
     file.parent.mkdir(parents=True, exist_ok=True)
-    ending = f".{uuid.uuid4().hex}.tmp"
-    temporary = file.with_name(file.name + ending)
-    event.listen(Pool, "connect", _never_wait)
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
     try:
-        store = SqlAlchemyStore(tracking_uri + ending, DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
-        store.engine.dispose()
+        _write_schema(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         try:
@@ -160,38 +164,74 @@ def make_store(tracking_uri: str) -> None:
         except OSError:  # a disk without hard links
             temporary.replace(file)
     finally:
-        event.remove(Pool, "connect", _never_wait)
         temporary.unlink(missing_ok=True)
 
 
-def _never_wait(connection: Any, _: Any) -> None:
-    connection.execute("PRAGMA synchronous = OFF")
-    connection.execute("PRAGMA journal_mode = MEMORY")
+def _write_schema(file: Path) -> None:
+    """MLflow's tables in a new SQLite file, without waiting for the disk."""
+    from mlflow.store.db.utils import _initialize_tables
+    from sqlalchemy import create_engine
+
+    def unsynchronised() -> sqlite3.Connection:
+        connection = sqlite3.connect(file)
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("PRAGMA journal_mode = MEMORY")
+        return connection
+
+    engine = create_engine("sqlite://", creator=unsynchronised)
+    try:
+        _initialize_tables(engine)
+    finally:
+        engine.dispose()
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client of a store that is made where it is missing, and says KILLED of what was killed."""
+    """A client of a store, which is made if it is missing."""
     from mlflow.tracking import MlflowClient
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # not each table that it makes
     make_store(tracking_uri)
-    client = MlflowClient(tracking_uri)
-    end_dead_runs(client, store_file(tracking_uri))
-    return client
+    return MlflowClient(tracking_uri)
 
 
-def begin_run(
-    client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str] | None = None
-) -> str:
-    """A new run, known to be alive until :func:`end_run` or the end of this process; its id."""
-    run: str = client.create_run(experiment, run_name=name, tags=dict(tags or {})).info.run_id
-    hold(store_file(client.tracking_uri), run)
-    return run
+def open_experiment(client: MlflowClient, name: str) -> str:
+    """The id of an experiment, which is made if it is missing."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    return str(client.create_experiment(name, artifacts_place(client.tracking_uri)))
 
 
-def end_run(client: MlflowClient, run: str, status: str = "FINISHED") -> None:
-    """Ends what :func:`begin_run` began."""
-    client.set_terminated(run, status)
-    release(store_file(client.tracking_uri), run)
+def folder_tag(output_dir: str | Path | None) -> dict[str, str]:
+    """The tag of a run that writes to a folder: the same for the same folder, and no path."""
+    if output_dir is None:
+        return {}
+    return {FOLDER_TAG: salted_id(str(Path(output_dir).resolve()), load_salt())}
+
+
+def end_killed_runs(client: MlflowClient, experiment: str, output_dir: str | Path | None) -> int:
+    """Marks the RUNNING runs of an experiment and folder as KILLED when their last metric came.
+
+    To be called when a run starts in ``output_dir``: the one before it there is over. Runs of other
+    folders and experiments are not touched.
+
+    Args:
+        client: of the store.
+        experiment: its id.
+        output_dir: of the run that starts; None marks nothing.
+
+    Returns:
+        How many were marked.
+    """
+    tag = folder_tag(output_dir)
+    if not tag:
+        return 0
+    wanted = f"attributes.status = 'RUNNING' and tags.`{FOLDER_TAG}` = '{tag[FOLDER_TAG]}'"
+    runs = client.search_runs([experiment], wanted)
+    for run in runs:
+        times = [metric.timestamp for metric in run.data._metric_objs]
+        client.set_terminated(run.info.run_id, "KILLED", max([run.info.start_time, *times]))
+    return len(runs)
 
 
 def save_view(client: MlflowClient, experiment: str, view: View) -> None:
@@ -212,9 +252,9 @@ def save_view(client: MlflowClient, experiment: str, view: View) -> None:
         "mlflow.experimentKind": "custom_model_development",
         f"mlflow.sharedViewState.{VIEW}": json.dumps(content),
     }
-    known = client.get_experiment(experiment).tags
+    present = client.get_experiment(experiment).tags
     for key, value in tags.items():
-        if key not in known:
+        if key not in present:
             client.set_experiment_tag(experiment, key, value)
 
 
@@ -234,8 +274,7 @@ def addresses(tracking_uri: str, server: str) -> dict[str, str]:
 def serve(store: str | Path, port: int = 5000) -> None:
     """Says where the experiments of a store are to be seen and becomes MLflow's server.
 
-    It listens on this machine only, sends nothing anywhere, and ends with Ctrl-C. Runs whose
-    process was killed are marked first.
+    It listens on this machine only, sends nothing anywhere, and ends with Ctrl-C.
 
     Args:
         store: the SQLite file.
@@ -248,7 +287,6 @@ def serve(store: str | Path, port: int = 5000) -> None:
     if not file.is_file():
         raise ValueError(f"{file.name} does not exist: train or evaluate first, or name the store")
     uri, server = f"sqlite:///{file.resolve()}", f"http://127.0.0.1:{port}"
-    connect(uri)
     for name, address in addresses(uri, server).items():
         print(f"{name}: {address}", flush=True)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -267,6 +305,7 @@ def log_evaluation(
     metrics: Mapping[str, float],
     headlines: Mapping[str, float],
     artifacts: Sequence[Path],
+    output_dir: Path | None = None,
 ) -> None:
     """Writes one finished evaluation, and its headlines to the run of its checkpoint.
 
@@ -280,49 +319,54 @@ def log_evaluation(
         metrics: of the evaluation; those that are not finite are left out.
         headlines: what sums it up.
         artifacts: files.
+        output_dir: of the evaluation; one that was killed while it wrote from there is marked.
     """
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     client = connect(tracking_uri)
-    known = client.get_experiment_by_name(experiment)
-    place = artifacts_place(tracking_uri)
-    owner = known.experiment_id if known else client.create_experiment(experiment, place)
+    owner = open_experiment(client, experiment)
+    end_killed_runs(client, owner, output_dir)
     save_view(client, owner, CHECKPOINTS)
     training = dict(settings.get("training") or {})
-    own = {k: v for k, v in settings.items() if k != "training"}
-    subject: dict[str, str] = {k: str(own[k]) for k in ("checkpoint", "branch", "data") if k in own}
-    parent, name = _checkpoint_run(client, owner, subject, training)
+    evaluation = {k: v for k, v in settings.items() if k != "training"}
+    subject = {k: str(settings[k]) for k in ("checkpoint", "branch", "data") if k in settings}
+    folder = folder_tag(output_dir)
+    parent, name = _checkpoint_run(client, owner, subject, training, folder)
     tags = {"kind": "evaluation", "task": task, "mlflow.parentRunId": parent}
-    tags |= {**subject, **_words(training)}
-    run = begin_run(client, owner, f"{task}: {name}", tags)
-    _log(client, run, {"task": task, **training, **own}, {**metrics, **headlines})
+    tags |= {**subject, **_as_text(training), **folder}
+    run = client.create_run(owner, run_name=f"{task}: {name}", tags=tags).info.run_id
+    _log(client, run, {"task": task, **training, **evaluation}, {**metrics, **headlines})
     for file in artifacts:
         client.log_artifact(run, str(file))
-    end_run(client, run)
+    client.set_terminated(run)
     _log(client, parent, {}, headlines)
 
 
 def _checkpoint_run(
-    client: MlflowClient, owner: str, subject: Mapping[str, str], training: Mapping[str, Any]
+    client: MlflowClient,
+    experiment: str,
+    subject: Mapping[str, str],
+    training: Mapping[str, Any],
+    folder: Mapping[str, str],
 ) -> tuple[str, str]:
     """The run that stands for a checkpoint, made where it is missing: its id and name."""
     tags = {"kind": "checkpoint", **subject}
     wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    found = client.search_runs([owner], wanted, max_results=1, order_by=["start_time ASC"])
-    if found:
-        return found[0].info.run_id, str(found[0].info.run_name)
+    runs = client.search_runs([experiment], wanted, max_results=1, order_by=["start_time ASC"])
+    if runs:
+        return runs[0].info.run_id, str(runs[0].info.run_name)
     words = [str(training["preset"])] if "preset" in training else []
     words += [f"seed {training['seed']}"] if "seed" in training else []
     words += [subject["branch"].replace("_", " ")] if "branch" in subject else []
     name = ", ".join(words) or "checkpoint"
     if "checkpoint" in subject:
         name += f" ({subject['checkpoint'][:6]})"
-    run = begin_run(client, owner, name, {**tags, **_words(training)})
+    tags |= {**_as_text(training), **folder}
+    run = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     _log(client, run, {**training, **subject}, {})
-    end_run(client, run)
+    client.set_terminated(run)
     return run, name
 
 
-def _words(values: Mapping[str, Any]) -> dict[str, str]:
+def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
@@ -335,6 +379,6 @@ def _log(
     client.log_batch(
         run,
         metrics=[Metric(k, v, now, 0) for k, v in metrics.items() if math.isfinite(v)],
-        params=[Param(k, v) for k, v in _words(parameters).items()],
+        params=[Param(k, v) for k, v in _as_text(parameters).items()],
         tags=[RunTag(k, v) for k, v in versions().items()],
     )

@@ -1,45 +1,29 @@
-"""What a person sees of a training: banner, progress, warnings, MLflow, pictures."""
+"""What a person sees of a training: means, validation, progress, warnings and pictures."""
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from mlflow.entities import Metric, RunTag
-from monai.handlers import MLFlowHandler
 from tqdm import tqdm
 
 from discovr_monai.base.distributed import all_reduce_mean, rank, world_size
-from discovr_monai.base.running import end_dead_runs, hold, release, touch
-from discovr_monai.base.tracking import (
-    TRAININGS,
-    artifacts_place,
-    make_store,
-    save_view,
-    store_file,
-    versions,
-)
 from discovr_monai.networks.parallel import is_sharded
 from discovr_monai.training.diagnostics import collapse_report
+from discovr_monai.training.mlflow_handler import Tracking, step_metrics
 from discovr_monai.training.trainer import DiscovrTrainer
 
 
-def figures(engine: Engine) -> dict[str, float]:
-    """The figures of the trainer's last iteration."""
-    output: Any = engine.state.output
-    return output[0]
-
-
 class EpochMeans:
-    """Means of the losses over an epoch, into ``state.metrics`` at its end."""
+    """Puts each figure's mean over an epoch into ``state.metrics`` as "epoch_<name>".
+
+    A figure that is not finite in a step does not count in that step.
+    """
 
     def attach(self, engine: Engine) -> None:
         """Hooks onto the engine's events."""
@@ -52,8 +36,7 @@ class EpochMeans:
         self.counts: dict[str, int] = {}
 
     def _add(self, engine: Engine) -> None:
-        output = figures(engine)
-        for name, value in output.items():
+        for name, value in step_metrics(engine).items():
             if math.isfinite(value):
                 self.sums[name] = self.sums.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
@@ -64,10 +47,10 @@ class EpochMeans:
 
 
 class ValidationLoss:
-    """The objective on held-out cines, with fixed masks and clips, into ``state.metrics``.
+    """Computes the objective on held-out cines, always with the same masks and clips.
 
-    Adds "val_loss" and "val_<term>". Nothing is updated. Without validation cines it does
-    nothing.
+    The means over all validation cines go into ``state.metrics`` as "val_loss" and "val_<term>".
+    No parameter changes. Without validation cines this does nothing.
 
     Args:
         dataloader: batches of the validation cines, always the same clips, by
@@ -93,10 +76,11 @@ class ValidationLoss:
         sums: dict[str, float] = {}
         for number, batch in enumerate(self.dataloader):
             clips = len(batch["image"])
-            mine = number < shared  # the others are every rank's
-            losses = engine.evaluate_batch(batch, number, rank() * clips if mine else 0)
+            is_share = number < shared  # later batches are the same on every rank
+            losses = engine.evaluate_batch(batch, number, rank() * clips if is_share else 0)
+            weight = clips * (world_size() if is_share else 1)
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value * clips * (world_size() if mine else 1)
+                sums[name] = sums.get(name, 0.0) + value * weight
         total = all_reduce_mean(
             torch.tensor(list(sums.values()), dtype=torch.float64, device=engine.state.device)
         )
@@ -105,9 +89,9 @@ class ValidationLoss:
 
 
 class Progress:
-    """Banner at the start, a bar with losses and time left, and what to do next at the end.
+    """Prints what is trained, then a bar with losses and time left, then what to do next.
 
-    On a terminal the bar is redrawn; elsewhere a line is written now and then.
+    On a terminal the bar is redrawn; elsewhere a line is written every few seconds.
 
     Args:
         summary: what is trained on ("225 clips, 0.1 h, 110 patients").
@@ -149,10 +133,10 @@ class Progress:
     def _advance(self, engine: DiscovrTrainer) -> None:
         if self.bar is None:
             return
-        output = figures(engine)
+        metrics = step_metrics(engine)
         shown = {"epoch": f"{engine.state.epoch}/{engine.state.max_epochs}"}
         for name in ("loss", *engine.loss_function.terms):
-            shown[name] = f"{output[name]:.3f}"
+            shown[name] = f"{metrics[name]:.3f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
@@ -171,12 +155,12 @@ class Progress:
 
 
 class CollapseWatch:
-    """Reports in words when a teacher stops telling samples apart.
+    """Warns in words when a teacher no longer tells samples apart.
 
     Args:
-        min_information: nats below which a teacher counts as collapsed (see ``diagnose``).
-        patience: diagnoses in a row before it is said.
-        warm_up: optimiser steps before looking.
+        min_information: a teacher below so many nats counts as collapsed (see ``diagnose``).
+        patience: collapsed diagnoses in a row before the warning, which is given once.
+        warm_up: optimiser steps that are not looked at.
     """
 
     def __init__(
@@ -190,143 +174,23 @@ class CollapseWatch:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
 
     def _look(self, engine: Engine) -> None:
-        found, step = figures(engine), engine.state.iteration
-        if step < self.warm_up or not any(k.endswith("_information") for k in found):
+        metrics, step = step_metrics(engine), engine.state.iteration
+        if step < self.warm_up or not any(name.endswith("_information") for name in metrics):
             return
-        words = collapse_report(found, step, self.min_information)
-        self._in_a_row = self._in_a_row + 1 if words else 0
+        report = collapse_report(metrics, step, self.min_information)
+        self._in_a_row = self._in_a_row + 1 if report else 0
         if self._in_a_row == self.patience:
-            for line in words:
+            for line in report:
                 engine.logger.warning(f"collapse: {line}")
 
 
-class Tracking(MLFlowHandler):
-    """MLflow in a SQLite store: every figure of every iteration, parameters, tags, pictures.
-
-    Args:
-        tracking_uri: "sqlite:////.../mlruns.db" or a server's address.
-        run_name: unique (see :func:`unique_run_name`).
-        parameters: what to record; paths are refused by the caller, none is added here.
-        experiment_name: the experiment.
-        every: iterations between records.
-        pause: seconds between writes; figures wait so long in memory, for a write waits for the
-            disk. An epoch's end, the training's and its failure write at once.
-        output_dir: the training's folder: a run that was at work in it is over when this begins.
-    """
-
-    LARGEST = 1000  # figures that MLflow takes in one write
-
-    def __init__(
-        self,
-        tracking_uri: str,
-        run_name: str,
-        parameters: Mapping[str, Any] | None = None,
-        experiment_name: str = "discovr",
-        every: int = 1,
-        pause: float = 5.0,
-        output_dir: str | Path | None = None,
-    ) -> None:
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # not how it makes its tables
-        store = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri  # as MONAI takes it
-        make_store(store)
-        super().__init__(
-            tracking_uri=tracking_uri,
-            experiment_name=experiment_name,
-            run_name=run_name,
-            experiment_param=dict(parameters or {}),
-            iteration_log=lambda engine, event: event % every == 0,
-            epoch_log=True,
-            iteration_logger=self._log_iteration,
-            close_on_complete=True,
-            artifact_location=artifacts_place(store),
-        )
-        self.pause, self.output_dir, self._store = pause, output_dir, store_file(store)
-        self._clock = self._written = time.perf_counter()
-        self._clips = 0.0
-        self._waiting: list[Metric] = []
-
-    def attach(self, engine: Engine) -> None:
-        """Hooks onto the engine's events, on rank 0 only."""
-        if rank():
-            return
-        super().attach(engine)
-        engine.add_event_handler(Events.STARTED, self._tag)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._failed)
-
-    def start(self, engine: Engine) -> None:
-        """Begins a run, or goes on with one of this name that did not finish."""
-        end_dead_runs(self.client, self._store, self.output_dir)
-        super().start(engine)
-        assert self.cur_run is not None
-        if self.cur_run.info.status != "RUNNING":
-            self.client.update_run(self.cur_run.info.run_id, "RUNNING")
-        hold(self._store, self.cur_run.info.run_id, self.output_dir)
-
-    def log_picture(self, path: Path, folder: str = "pictures") -> None:
-        """Adds a file to the run's artifacts."""
-        if self.cur_run is not None:
-            self.client.log_artifact(self.cur_run.info.run_id, str(path), folder)
-
-    def _tag(self, engine: Engine) -> None:
-        assert self.cur_run is not None
-        told = {k: str(v) for k, v in self.experiment_param.items() if k in ("preset", "seed")}
-        words = {"kind": "training", **told, **versions()}
-        tags = [RunTag(name, value) for name, value in words.items()]
-        self.client.log_batch(self.cur_run.info.run_id, tags=tags)
-        save_view(self.client, self.cur_run.info.experiment_id, TRAININGS)
-
-    def _count(self, engine: Engine) -> None:
-        self._clips += figures(engine)["clips"]
-
-    def _log_iteration(self, engine: Engine) -> None:
-        now = time.perf_counter()
-        rate = self._clips / max(now - self._clock, 1e-9)
-        self._clock, self._clips = now, 0.0
-        metrics = {k: v for k, v in figures(engine).items() if math.isfinite(v)}
-        self._keep({**metrics, "clips_per_second": rate}, step=engine.state.iteration)
-        if now - self._written >= self.pause:
-            self._write()
-
-    def _default_epoch_log(self, engine: Engine) -> None:
-        self._keep(engine.state.metrics, step=engine.state.epoch)
-        self._write()
-
-    def _keep(self, metrics: Mapping[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
-        self._waiting += [Metric(name, value, now, step) for name, value in metrics.items()]
-
-    def _write(self) -> None:
-        while self.cur_run is not None and self._waiting:
-            self.client.log_batch(self.cur_run.info.run_id, metrics=self._waiting[: self.LARGEST])
-            del self._waiting[: self.LARGEST]
-            touch(self._store, self.cur_run.info.run_id)
-        self._written = time.perf_counter()
-
-    def close(self) -> None:
-        """Writes what still waits, and ends the run."""
-        run = self.cur_run
-        try:
-            self._write()
-        finally:
-            super().close()
-        if run is not None:
-            release(self._store, run.info.run_id)
-
-    def _failed(self, engine: Engine, error: BaseException) -> None:
-        if self.cur_run is not None:
-            stopped = isinstance(error, (SystemExit, KeyboardInterrupt))
-            self.run_finish_status = "KILLED" if stopped else "FAILED"
-            self.close()
-
-
 class Pictures:
-    """Draws every few epochs what the network sees, and hands the files to MLflow.
+    """Draws what the network sees, every few epochs, and adds the files to MLflow's run.
 
     Args:
         draw: (trainer, epoch) -> files.
         every: epochs between pictures; the last epoch always draws. 0 for never.
-        tracking: takes the files too.
+        tracking: MLflow's handler; None keeps the files in their folder only.
     """
 
     def __init__(

@@ -18,13 +18,14 @@ import pytest
 from ignite.engine import Engine
 
 from discovr_monai import configuration
+from discovr_monai.base import tracking
 from discovr_monai.base.tracking import artifacts_place, make_store, store_file
 from discovr_monai.data.clips.transforms import LoadCined
 from discovr_monai.data.lists import scan
 from discovr_monai.data.lists.datalist import load_rows
 from discovr_monai.data.lists.scan import check_all
 from discovr_monai.data.read.store import CineStore
-from discovr_monai.training.handlers import Tracking
+from discovr_monai.training.mlflow_handler import Tracking
 from discovr_monai.training.pictures import save_animation
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +82,9 @@ def top_level_imports(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: f.stem)
 def test_heavy_libraries_are_imported_where_they_are_needed(file):
-    allowed = {"mlflow"} if file.name == "handlers.py" else set()  # MONAI's handlers import it
+    allowed = (
+        {"mlflow"} if file.name == "mlflow_handler.py" else set()
+    )  # MONAI's handler imports it
     assert top_level_imports(file) & HEAVY <= allowed
 
 
@@ -242,13 +245,11 @@ def test_a_disk_without_hard_links(tmp_path, monkeypatch):
 
 
 def test_a_store_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
-    from mlflow.store.tracking import sqlalchemy_store
-
-    def broken(self, address, artifacts):
-        store_file(address).write_bytes(b"half")
+    def broken(file):
+        file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sqlalchemy_store.SqlAlchemyStore, "__init__", broken)
+    monkeypatch.setattr(tracking, "_write_schema", broken)
     with pytest.raises(KeyboardInterrupt):
         make_store(uri(tmp_path / "mlruns.db"))
     assert not list(tmp_path.iterdir())
@@ -277,15 +278,15 @@ def tracked(tmp_path, steps: int, epochs: int, fail_at: int = 0, **options):
         return [{"loss": float(engine.state.iteration), "clips": 2.0}]
 
     engine = Engine(step)
-    tracking = Tracking(uri(tmp_path / "mlruns.db"), "run", {"lr": 1}, **options)
-    tracking.attach(engine)
-    writes, original = [], tracking.client.log_batch
+    handler = Tracking(uri(tmp_path / "mlruns.db"), "run", {"lr": 1}, **options)
+    handler.attach(engine)
+    writes, original = [], handler.client.log_batch
 
     def counted(run_id, metrics=(), **more):
         writes.append(len(metrics))
         return original(run_id, metrics=metrics, **more)
 
-    tracking.client.log_batch = counted
+    handler.client.log_batch = counted
     engine.state.max_epochs = epochs
     return engine, writes, [None] * steps, epochs
 

@@ -21,7 +21,7 @@ from PIL import Image
 from discovr_monai.evaluation.report.results import Results
 from discovr_monai.evaluation.report.statistics import mean_metric
 from discovr_monai.pages.overlay import save_overlay
-from discovr_monai.training.handlers import Tracking
+from discovr_monai.training.mlflow_handler import Tracking
 from tests.pages.test_pages_browser import browser  # noqa: F401 (fixture)
 
 PATIENCE = 120_000  # ms: the pages are large and the machine may be busy

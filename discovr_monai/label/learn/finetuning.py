@@ -192,7 +192,8 @@ def finetune(
     encoder = EvaluatedEncoder(file, head["branch"], device=device)
     counts = {f"cines_{name.replace(' ', '_')}": len(part) for name, part in sections.items()}
     parameters = {**asdict(settings), **counts, "from_version": served, "branch": head["branch"]}
-    with tracked_training(tracking_uri, parameters) as log, TemporaryDirectory() as folder:
+    tracked = tracked_training(tracking_uri, parameters, versions.folder)
+    with tracked as log, TemporaryDirectory() as folder:
         epoch = 0
 
         def log_epoch(loss: float) -> None:
