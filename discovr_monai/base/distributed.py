@@ -1,4 +1,4 @@
-"""Reductions over ranks that are no-ops in a single process."""
+"""Reductions over ranks, which do nothing in a single process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def is_distributed() -> bool:
-    """True when a process group of more than one rank is up."""
+    """Whether this process has joined a process group of more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -25,13 +25,15 @@ def world_size() -> int:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of ``tensor`` over ranks, in place where distributed. No gradient."""
+    """Sum of ``tensor`` over ranks; overwrites it if there are several. Has no gradient."""
     if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
 
 
 class _SumOverRanks(torch.autograd.Function):
+    """As torch.distributed.nn.functional.all_reduce, which newer versions of torch deprecate."""
+
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
         return all_reduce_sum(tensor.clone())
@@ -42,19 +44,19 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of ``tensor`` over ranks, through which the gradients of all ranks go back."""
+    """Sum of ``tensor`` over ranks. Backward sums the gradients of all ranks, too."""
     return _SumOverRanks.apply(tensor) if is_distributed() else tensor
 
 
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
-    """Elementwise maximum of ``tensor`` over ranks, in place where distributed."""
+    """Elementwise maximum of ``tensor`` over ranks; overwrites it if there are several."""
     if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean of ``tensor`` over ranks (each rank holds equally many samples). No gradient."""
+    """Mean of ``tensor`` over ranks, all of equal weight; overwrites it. Has no gradient."""
     return all_reduce_sum(tensor).div_(world_size()) if is_distributed() else tensor
 
 

@@ -1,7 +1,7 @@
-"""What every output says of itself, in one wording."""
+"""The notice that every output carries."""
 
 from __future__ import annotations
 
-# 43 ASCII characters: it fits a DICOM long string (64) and NIfTI's descrip (80), so that no
-# shorter form is needed anywhere
+# These 43 ASCII characters fit a DICOM long string (64) and NIfTI's descrip (80), so no place needs
+# a shorter form.
 NOTICE = "For research use only, not a medical device"

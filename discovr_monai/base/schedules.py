@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the optimiser step, so that a resumed run needs no state."""
+"""Schedules as pure functions of the optimiser step, so that a resumed training needs no state."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ Schedule = Callable[[int], float]
 
 
 def cosine(step: float, total: float, start: float, end: float) -> float:
-    """Half a cosine from ``start`` (step 0) to ``end`` (step >= total)."""
+    """Half a cosine from ``start`` at step 0 to ``end`` at step ``total``, constant after.
+
+    >>> [cosine(step, 4, 1.0, 0.0) for step in (0, 2, 4, 9)]
+    [1.0, 0.5, 0.0, 0.0]
+    """
     if step >= total:
         return end
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * max(step, 0) / total))
 
 
 def linear(step: float, total: float, start: float, end: float) -> float:
-    """A line from ``start`` (step 0) to ``end`` (step >= total), constant after."""
+    """A line from ``start`` at step 0 to ``end`` at step ``total``, constant after.
+
+    >>> [linear(step, 4, 1.0, 3.0) for step in (0, 2, 4, 9)]
+    [1.0, 2.0, 3.0, 3.0]
+    """
     if step >= total:
         return end
     return start + (end - start) * max(step, 0) / total
@@ -28,6 +36,9 @@ class WarmupCosine:
     """Linear warm-up from 0 over ``warmup`` steps, then half a cosine down to ``end``.
 
     Step 0 already trains: its value is ``peak / warmup``.
+
+    >>> [WarmupCosine(peak=1.0, total=6, warmup=2)(step) for step in (0, 1, 2, 4, 6)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
     """
 
     peak: float
