@@ -34,7 +34,7 @@ from discovr_monai.data.read.cine import read_cine
 from discovr_monai.data.read.masks import read_masks
 from discovr_monai.data.read.sector import prepare_cine
 from discovr_monai.data.write.dicom import write_dicom
-from discovr_monai.phantom.dataset import encode_avi, simulate_cine
+from discovr_monai.phantom.cine import encode_avi, simulate_cine
 from discovr_monai.phantom.layouts import write_layout
 
 SECONDS, GIGABYTE = 10.0, 1e9

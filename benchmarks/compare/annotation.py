@@ -24,7 +24,7 @@ import numpy as np
 from discovr_monai.base.files import save_atomic
 from discovr_monai.evaluation.heads.contours import dice
 from discovr_monai.evaluation.report.statistics import estimate, mean_metric
-from discovr_monai.phantom.dataset import PhantomCine, simulate_cine
+from discovr_monai.phantom.cine import PhantomCine, simulate_cine
 
 sys.path.append(str(Path(__file__).parents[1]))
 from shared import write_between_markers

@@ -19,7 +19,7 @@ import pydicom
 
 from discovr_monai.data.read.cine import read_cine
 from discovr_monai.data.read.sector import sector_mask
-from discovr_monai.phantom.dataset import PhantomCine, simulate_cine
+from discovr_monai.phantom.cine import PhantomCine, simulate_cine
 from discovr_monai.phantom.heart import KINDS
 from discovr_monai.phantom.ultrasound import BEAMS, RANGES, PointSpread, complex_noise
 

@@ -17,7 +17,7 @@ from discovr_monai.base.types import Cine
 from discovr_monai.data.clips.augment import AUGMENTATIONS
 from discovr_monai.data.read.pixels import to_grey
 from discovr_monai.data.read.sector import prepare_cine, sector_mask
-from discovr_monai.phantom.dataset import simulate_cine
+from discovr_monai.phantom.cine import simulate_cine
 from discovr_monai.phantom.screen import simulate_screen
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"

@@ -27,7 +27,7 @@ from discovr_monai.data.archive.shards import pack
 from discovr_monai.data.clips.dataset import ClipDataset, EpochSampler
 from discovr_monai.data.clips.transforms import RandScaleCropd
 from discovr_monai.data.read.store import CineStore
-from discovr_monai.phantom.dataset import encode_avi, simulate_cine
+from discovr_monai.phantom.cine import encode_avi, simulate_cine
 
 CINES, FRAMES, CLIP, STRIDE = 24, 192, 64, 3
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from discovr_monai.phantom.dataset import encode_avi, simulate_cine
+from discovr_monai.phantom.cine import encode_avi, simulate_cine
 
 JOB = """
 import resource, sys

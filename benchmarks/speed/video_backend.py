@@ -18,7 +18,7 @@ import av
 import numpy as np
 
 from discovr_monai.data.read.cine import read_cine
-from discovr_monai.phantom.dataset import simulate_cine
+from discovr_monai.phantom.cine import simulate_cine
 
 FRAMES, ROUNDS = 480, 15
 

@@ -23,7 +23,7 @@ from discovr_monai.evaluation.features.encoders import pool_tokens
 from discovr_monai.evaluation.heads.saved import Familiarity, familiar_features
 from discovr_monai.inference.formats import FORMATS, Run, encode, need_packages, open_exported
 from discovr_monai.inference.model import EchoModel, load_model, pooled
-from discovr_monai.phantom.dataset import simulate_cine
+from discovr_monai.phantom.cine import simulate_cine
 
 UNFAMILIAR = "(B,); above 1 the clip is unlike the head's training cines: do not use its result"
 PARTS = {  # part -> its outputs, and what they are

@@ -1,8 +1,7 @@
-"""A beating-heart phantom: clips with known truth, and a data set in EchoNet-Dynamic's layout.
+"""A data set of phantom clips in EchoNet-Dynamic's layout.
 
-:func:`simulate_cine` makes one clip, :func:`write_phantom_dataset` a whole folder. Everything
-follows from a seed: the heart from (seed, patient), the probe and the timing from (seed, patient,
-clip), so the result does not depend on how many processes work on it.
+Every clip follows from the data set's seed and its own numbers (see
+:mod:`discovr_monai.phantom.cine`), so the files do not depend on how many processes write them.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,147 +22,14 @@ from tqdm import tqdm
 
 from discovr_monai.base.distributed import barrier, rank
 from discovr_monai.base.files import save_atomic, write_text
-from discovr_monai.phantom.heart import DISCS, POPULATIONS, Heart, draw_beat, draw_heart
-from discovr_monai.phantom.ultrasound import Scanner, draw_probe
+from discovr_monai.phantom.cine import build_scanner, encode_avi, truth_of
+from discovr_monai.phantom.heart import POPULATIONS
 
 VERSION = 1
 SPLITS = ("TRAIN", "VAL", "TEST")
 FILE_LIST = "FileName,EF,ESV,EDV,FrameHeight,FrameWidth,FPS,NumberOfFrames,Split"
 TRACINGS = "FileName,X1,Y1,X2,Y2,Frame"
 TRUTH = "FileName,patient,population,kind,label,heart_rate,ed_frame,es_frame"
-
-
-@dataclass(frozen=True)
-class PhantomCine:
-    """One simulated clip and its truth.
-
-    Attributes:
-        frames: (T, H, W) uint8, 0 outside the sector.
-        fps: frames per second.
-        masks: (T, H, W) uint8: 0 background, 1 LV cavity, 2 LV myocardium, 3 left atrium.
-        ef: percent; edv, esv: mL, of the drawn cavity by 20 single-plane discs.
-        ed_frame, es_frame: end diastole and the end systole that follows it.
-        heart_rate: beats per minute.
-        population, kind: see phantom_heart; label: 0 normal, 1 abnormal.
-        ed_chords, es_chords: (21, 4) x1, y1, x2, y2 in pixels: the long axis from apex to base,
-            then 20 chords from apex to mitral plane.
-        sector: (H, W) bool.
-        volumes: (T,) mL, the drawn LV volume of each frame.
-    """
-
-    frames: np.ndarray
-    fps: float
-    masks: np.ndarray
-    ef: float
-    edv: float
-    esv: float
-    ed_frame: int
-    es_frame: int
-    heart_rate: float
-    population: str
-    kind: str
-    label: int
-    ed_chords: np.ndarray
-    es_chords: np.ndarray
-    sector: np.ndarray
-    volumes: np.ndarray
-
-
-def build_scanner(
-    seed: int,
-    *,
-    num_frames: int = 96,
-    size: int = 112,
-    population: str | None = None,
-    kind: str | None = None,
-    patient: int = 0,
-    clip: int = 0,
-    gain: float = 0.0,
-    depth: float = 1.0,
-) -> Scanner:
-    """Heart, timing and probe of one clip, ready to be drawn.
-
-    Args:
-        seed: of the data set.
-        num_frames, size: of the clip: frames (at least 16), pixels per side (at least 32).
-        population, kind: fix these instead of drawing them.
-        patient, clip: clips of one patient share the heart.
-        gain: dB added to what is drawn; depth: factor on what is drawn (another machine's habits).
-
-    Returns:
-        The scanner: ``cine()``, ``mask(frame)`` and ``material(frame)``.
-    """
-    if num_frames < 16 or size < 32:
-        raise ValueError(
-            f"num_frames={num_frames}, size={size}: a phantom needs at least 16 frames of 32 pixels"
-        )
-    if not 0.5 <= depth <= 2:
-        raise ValueError(f"depth={depth}: the factor on the depth must lie in 0.5..2")
-    heart = Heart(draw_heart(np.random.default_rng([seed, patient]), population, kind))
-    rng = np.random.default_rng([seed, patient, clip + 1])
-    beat = draw_beat(heart.parameters, num_frames, rng)
-    probe = draw_probe(heart, rng)
-    probe = replace(probe, gain=probe.gain + gain, depth=probe.depth * depth)
-    return Scanner(heart, probe, beat, size)
-
-
-def chords(scanner: Scanner, frame: int) -> np.ndarray:
-    """(21, 4) float64 x1, y1, x2, y2 in pixels: long axis, then 20 chords from apex to base."""
-    share = np.concatenate([[0.0, 1.0], (np.arange(DISCS) + 0.5) / DISCS])
-    y, left, right = scanner.heart.contour(scanner.activation[frame], share).T
-    left, right = left.copy(), right.copy()
-    left[:2] = right[:2] = 0
-    x1, y1 = scanner.to_pixels(left, y, frame)
-    x2, y2 = scanner.to_pixels(right, y, frame)
-    rows = np.stack([x1, y1, x2, y2], axis=1)
-    axis = np.concatenate([rows[0, :2], rows[1, :2]])
-    return np.concatenate([axis[None], rows[2:]])
-
-
-def simpson(tracing: np.ndarray, pixel: float = 1.0) -> float:
-    """Single-plane volume of a (21, 4) tracing; mL where ``pixel`` is its size in mm."""
-    ends = tracing * pixel
-    lengths = np.hypot(ends[:, 2] - ends[:, 0], ends[:, 3] - ends[:, 1])
-    return float(np.pi / 4 * (lengths[1:] ** 2).sum() * lengths[0] / (len(ends) - 1) / 1000)
-
-
-def _simulate(scanner: Scanner) -> PhantomCine:
-    """Draw a clip and gather its truth."""
-    beat, heart, parameters = scanner.beat, scanner.heart, scanner.heart.parameters
-    volumes = heart.volumes(scanner.activation) * scanner.probe.foreshorten
-    edv, esv = float(volumes[beat.ed_frame]), float(volumes[beat.es_frame])
-    return PhantomCine(
-        frames=scanner.cine(),
-        fps=beat.fps,
-        masks=np.stack([scanner.mask(t) for t in range(len(volumes))]),
-        ef=100 * (1 - esv / edv),
-        edv=edv,
-        esv=esv,
-        ed_frame=beat.ed_frame,
-        es_frame=beat.es_frame,
-        heart_rate=parameters.heart_rate,
-        population=parameters.population,
-        kind=parameters.kind,
-        label=parameters.label,
-        ed_chords=chords(scanner, beat.ed_frame),
-        es_chords=chords(scanner, beat.es_frame),
-        sector=scanner.sector,
-        volumes=volumes,
-    )
-
-
-def simulate_cine(
-    seed: int,
-    *,
-    num_frames: int = 96,
-    size: int = 112,
-    population: str | None = None,
-    kind: str | None = None,
-) -> PhantomCine:
-    """Simulate one clip; see :func:`build_scanner` for the arguments."""
-    return _simulate(
-        build_scanner(seed, num_frames=num_frames, size=size, population=population, kind=kind)
-    )
 
 
 @dataclass(frozen=True)
@@ -178,7 +43,7 @@ class _Plan:
 
 
 def plan_dataset(seed: int, num_clips: int) -> list[_Plan]:
-    """Share clips among patients (1 to 3 each) and patients among splits (75/12.5/12.5 %)."""
+    """Shares clips among patients (1 to 3 each) and patients among splits (75/12.5/12.5 %)."""
     rng = np.random.default_rng([seed, 2**32 - 1])
     sizes: list[int] = []
     while sum(sizes) < num_clips:
@@ -199,25 +64,8 @@ def plan_dataset(seed: int, num_clips: int) -> list[_Plan]:
     ]
 
 
-def encode_avi(frames: np.ndarray, fps: float, path: Path) -> None:
-    """Write grey frames as MJPEG in AVI with neutral chroma."""
-    import av
-
-    with av.open(str(path), "w", format="avi") as container:
-        stream: Any = container.add_stream("mjpeg", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = frames.shape[1:]
-        stream.pix_fmt = "yuvj420p"
-        stream.codec_context.qmin = stream.codec_context.qmax = 2
-        stream.codec_context.thread_count = 1
-        chroma = np.full((frames.shape[1] // 2, frames.shape[2]), 128, np.uint8)
-        for grey in frames:
-            picture = av.VideoFrame.from_ndarray(np.concatenate([grey, chroma]), "yuvj420p")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-
-
 def _make_clip(job: tuple[str, dict[str, Any], _Plan]) -> dict[str, Any]:
-    """Worker: write one clip's movie and masks unless they are there; return its truth."""
+    """Writes one clip's movie and masks unless they are there, and returns its truth."""
     folder, settings, plan = job
     root = Path(folder)
     scanner = build_scanner(
@@ -235,24 +83,7 @@ def _make_clip(job: tuple[str, dict[str, Any], _Plan]) -> dict[str, Any]:
     if not mask.exists():
         masks = np.stack([scanner.mask(t) for t in range(settings["num_frames"])])
         save_atomic(partial(_save_masks, masks), mask, durable=False)
-    beat, p = scanner.beat, scanner.heart.parameters
-    volumes = scanner.heart.volumes(scanner.activation) * scanner.probe.foreshorten
-    edv, esv = float(volumes[beat.ed_frame]), float(volumes[beat.es_frame])
-    return {
-        **asdict(plan),
-        "ef": 100 * (1 - esv / edv),
-        "edv": edv,
-        "esv": esv,
-        "fps": beat.fps,
-        "ed_frame": beat.ed_frame,
-        "es_frame": beat.es_frame,
-        "heart_rate": p.heart_rate,
-        "population": p.population,
-        "kind": p.kind,
-        "label": p.label,
-        "spacing": scanner.pixel,
-        "chords": (chords(scanner, beat.es_frame), chords(scanner, beat.ed_frame)),
-    }
+    return {**asdict(plan), **truth_of(scanner), "spacing": scanner.pixel}
 
 
 def _save_masks(masks: np.ndarray, path: Path) -> None:
@@ -269,7 +100,7 @@ def _map(jobs: Sequence[Any], workers: int) -> Iterable[dict[str, Any]]:
         yield from pool.imap(_make_clip, jobs)
 
 
-def _table(header: str, rows: Iterable[Sequence[Any]]) -> str:
+def csv_text(header: str, rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header.split(","))
@@ -278,7 +109,7 @@ def _table(header: str, rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _write_tables(root: Path, clips: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Write the three CSV files."""
+    """Writes the three CSV files."""
     size, frames = settings["size"], settings["num_frames"]
     listing = [
         (
@@ -289,10 +120,10 @@ def _write_tables(root: Path, clips: list[dict[str, Any]], settings: dict[str, A
         for c in clips
     ]
     tracings = [
-        (f"{c['name']}.avi", *(round(float(v), 4) for v in row), c[frame])
+        (f"{c['name']}.avi", *(round(float(v), 4) for v in row), c[f"{phase}_frame"])
         for c in clips
-        for frame, tracing in zip(("es_frame", "ed_frame"), c["chords"], strict=True)
-        for row in tracing
+        for phase in ("es", "ed")
+        for row in c[f"{phase}_chords"]
     ]
     truth = [
         (
@@ -301,13 +132,13 @@ def _write_tables(root: Path, clips: list[dict[str, Any]], settings: dict[str, A
         )
         for c in clips
     ]
-    write_text(root / "FileList.csv", _table(FILE_LIST, listing))
-    write_text(root / "VolumeTracings.csv", _table(TRACINGS, tracings))
-    write_text(root / "Phantom.csv", _table(TRUTH, truth))
+    write_text(root / "FileList.csv", csv_text(FILE_LIST, listing))
+    write_text(root / "VolumeTracings.csv", csv_text(TRACINGS, tracings))
+    write_text(root / "Phantom.csv", csv_text(TRUTH, truth))
 
 
 def _datalist(clips: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    """The MONAI Decathlon style list, patients apart."""
+    """The MONAI Decathlon-style list; no patient is in two sections but for pretraining."""
     keys = {"TRAIN": "training", "VAL": "validation", "TEST": "test"}
     out: dict[str, Any] = {
         "name": "discovr phantom",
@@ -335,14 +166,14 @@ def _datalist(clips: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str
 
 
 def _claim(root: Path, settings: dict[str, Any]) -> None:
-    """Make sure that the folder is ours: new, empty, or a phantom of the same settings."""
+    """Makes sure that the folder is new, empty, or holds a phantom of the same settings."""
     stamp = root / "phantom.json"
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root.name} is a file; name a folder for the phantom")
     if stamp.exists():
-        found = json.loads(stamp.read_text())
-        if found != settings:
-            different = sorted(k for k in settings if found.get(k) != settings[k])
+        earlier = json.loads(stamp.read_text())
+        if earlier != settings:
+            different = sorted(k for k in settings if earlier.get(k) != settings[k])
             raise ValueError(
                 f"{root.name} holds a phantom of other settings ({', '.join(different)} differ); "
                 "name another folder, or remove this one"
@@ -354,6 +185,17 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
         )
     root.mkdir(parents=True, exist_ok=True)
     write_text(stamp, json.dumps(settings, indent=1))
+
+
+def _check(settings: dict[str, Any]) -> None:
+    clips, frames, size = (settings[key] for key in ("num_clips", "num_frames", "size"))
+    if clips < 1 or frames < 16 or size < 32 or size % 2:
+        raise ValueError(
+            f"num_clips={clips}, num_frames={frames}, size={size}: need at least 1 clip "
+            "of 16 frames and an even size of at least 32"
+        )
+    if settings["population"] not in (None, *POPULATIONS):
+        raise ValueError(f"unknown population {settings['population']!r}; use one of {POPULATIONS}")
 
 
 def write_phantom_dataset(
@@ -370,7 +212,7 @@ def write_phantom_dataset(
     depth: float = 1.0,
     progress: bool = True,
 ) -> Path:
-    """Write a phantom data set in EchoNet-Dynamic's layout, with masks and a datalist.
+    """Writes a phantom data set in EchoNet-Dynamic's layout, with masks and a datalist.
 
     A folder that holds ``datalist.json`` is complete and a second call returns at once; an
     interrupted one is finished by calling again. Call it under ``if __name__ == "__main__":`` in
@@ -378,8 +220,10 @@ def write_phantom_dataset(
 
     Args:
         root: folder to write; new, empty, or a phantom of the same settings.
-        num_clips: clips; num_frames: frames of each; size: pixels per side (even).
+        num_clips: how many clips.
+        num_frames: frames of each clip, at least 16.
         seed: everything follows from it.
+        size: pixels per side, even, at least 32.
         workers: processes; None for one per core, 0 or 1 for none beside this one.
         normal_only_pretraining: whether the list "pretraining" leaves abnormal hearts out.
         population: "adult", "paediatric" or "fetal" only; None for a mixture.
@@ -388,26 +232,17 @@ def write_phantom_dataset(
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: for senseless settings, or a folder that holds something else.
     """
     root = Path(root)
-    if num_clips < 1 or num_frames < 16 or size < 32 or size % 2:
-        raise ValueError(
-            f"num_clips={num_clips}, num_frames={num_frames}, size={size}: need at least 1 clip "
-            "of 16 frames and an even size of at least 32"
-        )
-    if population not in (None, *POPULATIONS):
-        raise ValueError(f"unknown population {population!r}; use one of {POPULATIONS}")
-    settings = {
-        "phantom": VERSION,
-        "num_clips": num_clips,
-        "num_frames": num_frames,
-        "seed": seed,
-        "size": size,
-        "normal_only_pretraining": normal_only_pretraining,
-        "population": population,
-        "gain": gain,
-        "depth": depth,
-    }
+    settings: dict[str, Any] = {
+        "phantom": VERSION, "num_clips": num_clips, "num_frames": num_frames, "seed": seed,
+        "size": size, "normal_only_pretraining": normal_only_pretraining,
+        "population": population, "gain": gain, "depth": depth,
+    }  # fmt: skip
+    _check(settings)
     _claim(root, settings)
     if (root / "datalist.json").exists():
         return root
@@ -427,8 +262,6 @@ def ensure_demo_data(dataset_dir: str | Path, demo_dir: str | Path, **phantom: A
     if Path(dataset_dir).resolve() != Path(demo_dir).resolve():
         return
     if not rank() and not (Path(demo_dir) / "datalist.json").exists():
-        from discovr_monai.phantom.dataset import write_phantom_dataset
-
         print("Making the demo data: a beating-heart phantom (once)", flush=True)
         write_phantom_dataset(demo_dir, **phantom)
     barrier()

@@ -5,8 +5,6 @@ For trying a pipeline before the data arrive, and for the tests of the adapters.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from discovr_monai.data.write.dicom import write_dicom
-from discovr_monai.phantom.dataset import PhantomCine, encode_avi, simulate_cine
+from discovr_monai.phantom.cine import PhantomCine, encode_avi, simulate_cine
+from discovr_monai.phantom.dataset import csv_text
 from discovr_monai.phantom.screen import simulate_screen
 
 FRAMES, SIZE = 24, 112
@@ -34,12 +33,8 @@ def _hearts(seed: int, count: int, population: str = "adult") -> list[PhantomCin
 
 
 def _csv(path: Path, header: str, rows: Sequence[Sequence[Any]], encoding: str = "utf-8") -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header.split(","))
-    writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.getvalue().encode(encoding))
+    path.write_bytes(csv_text(header, rows).encode(encoding))
 
 
 def _avi(path: Path, frames: np.ndarray, fps: float) -> None:

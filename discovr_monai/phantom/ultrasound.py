@@ -120,16 +120,10 @@ def anatomy(heart: Heart, cell: float) -> tuple[np.ndarray, np.ndarray]:
     cavity = (np.abs(x) < endo) & body & (y > 0)
     muscle = (np.abs(x) < epi) & body & (y > -heart.cap) & ~cavity
 
-    def chamber(middle: float, half: float, top: float, bottom: float) -> np.ndarray:
-        share = (y - top) / (bottom - top)
-        belly = np.where(share < 0.45, (0.45 - share) / 0.66, (share - 0.45) / 0.55)
-        wide = half * np.sqrt(np.maximum(1 - belly**2, 0))
-        return (np.abs(x - middle) < wide) & (share > 0) & (share < 1)
-
     base = float(heart.epi[heart.rows(np.asarray(p.length, np.float32))])
-    left = chamber(1.5 * scale, 1.02 * p.width, p.length, heart.roof)
+    left = _chamber(x, y, 1.5 * scale, 1.02 * p.width, p.length, heart.roof)
     right_middle = -base - 0.5 * p.rv_width - 2 * scale
-    right = chamber(right_middle, 0.68 * p.rv_width, 0.96 * p.length, heart.roof - 3 * scale)
+    right = _chamber(x, y, right_middle, 0.68 * p.rv_width, 0.96 * p.length, heart.roof - 3 * scale)
     level = 0.96 * p.length
     ventricle = (x < -epi) & (x > -epi - rv) & (y < level) & ~muscle & (rv > 1.5 * scale)
     blood = cavity | left | right | ventricle
@@ -160,6 +154,16 @@ def anatomy(heart: Heart, cell: float) -> tuple[np.ndarray, np.ndarray]:
     strength[rings & ~cavity] = 1.9
     labels = cavity + 2 * muscle.astype(np.uint8) + 3 * (left & ~cavity & ~muscle)
     return labels.astype(np.uint8), ndimage.gaussian_filter(strength, 0.6)
+
+
+def _chamber(
+    x: np.ndarray, y: np.ndarray, middle: float, half: float, top: float, bottom: float
+) -> np.ndarray:
+    """Where an atrium lies: from ``top`` to ``bottom``, at most ``half`` to each side, in mm."""
+    share = (y - top) / (bottom - top)
+    belly = np.where(share < 0.45, (0.45 - share) / 0.66, (share - 0.45) / 0.55)
+    wide = half * np.sqrt(np.maximum(1 - belly**2, 0))
+    return (np.abs(x - middle) < wide) & (share > 0) & (share < 1)
 
 
 def complex_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -10,7 +10,7 @@ from discovr_monai.base.types import Stretch
 from discovr_monai.data.clips.augment import AUGMENTATIONS, ultrasound_augmentation
 from discovr_monai.data.clips.dataset import EpochSampler
 from discovr_monai.data.clips.transforms import SampleClipd
-from discovr_monai.phantom.dataset import simulate_cine
+from discovr_monai.phantom.cine import simulate_cine
 
 STRENGTHS = {
     "rotation": 20, "tilt": 20, "depth": 0.3, "gain": 0.2, "speckle": 0.3, "haze": 0.5,

@@ -77,7 +77,7 @@ def test_simpson_uses_the_largest_part_only():
 
 
 def test_simpson_agrees_with_the_label_of_a_phantom():
-    from discovr_monai.phantom.dataset import simulate_cine
+    from discovr_monai.phantom.cine import simulate_cine
 
     cine = simulate_cine(5, num_frames=48, population="adult", kind="normal")
     volumes = [simpson_volume(cine.masks[f] == 1, (1, 1)) for f in (cine.ed_frame, cine.es_frame)]

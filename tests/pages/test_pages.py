@@ -19,7 +19,7 @@ from discovr_monai.pages import drawing
 from discovr_monai.pages.charts import draw_curve, headlines_of, metric_name, metric_tables
 from discovr_monai.pages.drawing import draw_sheets, outlines, resize_labels
 from discovr_monai.pages.page import CineView, Nearest, write_evaluation_page, write_study_page
-from discovr_monai.phantom.dataset import simulate_cine
+from discovr_monai.phantom.cine import simulate_cine
 
 GREY = np.zeros((4, 8, 8), np.uint8)
 

@@ -21,7 +21,7 @@ from discovr_monai.pages.page import (
     write_evaluation_page,
     write_study_page,
 )
-from discovr_monai.phantom.dataset import simulate_cine
+from discovr_monai.phantom.cine import simulate_cine
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 
 from discovr_monai.data.read.cine import read_cine
-from discovr_monai.phantom.dataset import (
-    build_scanner,
-    chords,
-    plan_dataset,
-    simpson,
-    simulate_cine,
-    write_phantom_dataset,
-)
+from discovr_monai.phantom.cine import build_scanner, chords, simpson, simulate_cine
+from discovr_monai.phantom.dataset import plan_dataset, write_phantom_dataset
 from discovr_monai.phantom.heart import KINDS, Heart, draw_heart, filling_curve
 from discovr_monai.phantom.ultrasound import PointSpread, complex_noise
 
