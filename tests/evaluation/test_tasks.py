@@ -430,3 +430,45 @@ def test_no_image_branch(tmp_path):
     torch.save(state, tmp_path / "v.pt")
     with pytest.raises(CheckpointError, match="trained without an image branch"):
         EvaluatedEncoder(tmp_path / "v.pt", branch="image_teacher")
+
+
+def test_other_patients_choose_the_epoch_than_calibrate_the_interval(real, results, monkeypatch):
+    """A constant prediction, so that an error tells whose it is."""
+    from discovr_monai.evaluation.tasks import lvef
+
+    found, chose, calibrated = real(clips_per_cine=1), [], []
+    rows = found.rows["validation"]
+    for number, row in enumerate(rows):
+        row["ef"] = 40.0 + number
+    mean = np.mean([row["ef"] for row in found.rows["training"]])
+
+    class Recorded(lvef.ClipDataset):
+        def __init__(self, rows, *args, **options):
+            super().__init__(rows, *args, **options)
+            chose.extend(row["patient"] for row in rows)
+
+    def untrained(*_, validate, **__):
+        chose.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(lvef, "ClipDataset", Recorded)
+            validate()
+
+    def radius(errors, coverage):
+        numbers = np.rint(np.asarray(errors) + mean - 40).astype(int)
+        calibrated.extend(rows[i]["patient"] for i in numbers)
+        return 10.0
+
+    monkeypatch.setattr(lvef, "fit", untrained)
+    monkeypatch.setattr(lvef, "conformal_radius", radius)
+    LVEF(found, results, method="fine_tune", pooling="mean", blocks=1, epochs=1).run()
+    assert chose and calibrated and not set(chose) & set(calibrated)
+    assert {row["patient"] for row in rows} == {*chose, *calibrated}
+
+
+def test_fine_tuning_needs_two_patients_in_validation(real, results):
+    found = real()
+    for row in found.rows["validation"]:
+        row["patient"] = "p"
+    with pytest.raises(ValueError, match="section 'validation' has cines of 1 patient, too few"):
+        LVEF(found, results, method="fine_tune")
+    LVEF(found, results)

@@ -140,11 +140,11 @@ def familiar_features(mean: Tensor, motion: Tensor) -> Tensor:
 
 def fit_familiarity(train: Section, held_out: Section) -> Familiarity:
     """The familiarity of a head, from its training cines and from others like them."""
-    features = (
+    x, held = (
         familiar_features(torch.from_numpy(s.mean), torch.from_numpy(s.motion)).numpy()
         for s in (train, held_out)
     )
-    return Familiarity.fit(*features, patients_of([*train.rows, *held_out.rows]))
+    return Familiarity.fit(x, held, patients_of([*train.rows, *held_out.rows]))
 
 
 def views_of(rows: Sequence[DatalistRow], view: str | None) -> list[str]:
@@ -166,6 +166,12 @@ def views_of(rows: Sequence[DatalistRow], view: str | None) -> list[str]:
             'that it was trained on: name them in the datalist ("view"), or all at once by --view'
         )
     return sorted(views)
+
+
+def check_all_labels(label_fractions: Sequence[float]) -> None:
+    """Refuses to save a head if no part of the evaluation trains on all labels."""
+    if 1 not in label_fractions:
+        raise ValueError("save_head needs 1.0 among the label_fractions: a head has all labels")
 
 
 def write_head(path: str | Path, about: Mapping[str, Any], parts: Mapping[str, nn.Module]) -> None:

@@ -176,7 +176,7 @@ class LinearProbe:
         probe: str = "logistic",
         pooling: str = "mean",
         label_fractions: Sequence[float] = (1.0,),
-        c: Sequence[float] = (0.001, 0.01, 0.1, 1, 10),
+        c: Sequence[float] = (0.001, 0.01, 0.1, 1, 10, 100),
         epochs: int = 60,
         lr: float = 1e-3,
         weight_decay: float = 0.05,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,25 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from discovr_monai.base.types import DatalistRow
 from discovr_monai.data.clips.dataset import ClipDataset, EpochSampler
+from discovr_monai.data.lists.split import patient_order
 from discovr_monai.evaluation.features.encoders import PLACES, FrozenEncoder, pool_tokens, pooled
-from discovr_monai.evaluation.features.extract import Features, Section, subset_by_patient
+from discovr_monai.evaluation.features.extract import Features, patients_of, subset_by_patient
 from discovr_monai.evaluation.heads.fitting import fit, last_blocks, scaled_groups
-from discovr_monai.evaluation.heads.saved import EFHead, fit_familiarity, views_of, write_head
+from discovr_monai.evaluation.heads.saved import (
+    EFHead,
+    check_all_labels,
+    fit_familiarity,
+    views_of,
+    write_head,
+)
 from discovr_monai.evaluation.report.nearest import show_nearest
 from discovr_monai.evaluation.report.pictures import show_map
 from discovr_monai.evaluation.report.plots import draw_agreement, draw_learning_curve, draw_roc
 from discovr_monai.evaluation.report.results import Results
 from discovr_monai.evaluation.report.statistics import (
+    Estimate,
     auroc,
     conformal_radius,
     mean_metric,
@@ -38,12 +48,18 @@ Predictor = Callable[[str], np.ndarray]
 def fit_ridge(
     train: np.ndarray, values: np.ndarray, alphas: Sequence[float]
 ) -> tuple[np.ndarray, float, float]:
-    """Ridge on standardised features; alpha by leave-one-out on the training cines.
+    """Ridge regression on standardised features.
 
-    So the validation section stays untouched for the conformal interval.
+    The penalty alpha is chosen by leave-one-out on the training cines, so that the validation
+    section stays untouched for the conformal interval.
+
+    Args:
+        train: (M, D) features.
+        values: (M,) EF in percent.
+        alphas: to choose from.
 
     Returns:
-        Weights (D,) and bias on features as they are, and the chosen alpha.
+        Weights (D,) and bias, for features that are not standardised, and the chosen alpha.
     """
     scaler = StandardScaler().fit(train)
     model = RidgeCV(list(alphas)).fit(scaler.transform(train.astype(np.float64)), values)
@@ -53,13 +69,14 @@ def fit_ridge(
 
 
 class Regressor(nn.Module):
-    """An encoder whose last blocks are trained, a norm and one linear output.
+    """An encoder whose last blocks are trained, then a layer norm and one linear output.
 
     Args:
-        encoder: is copied.
+        encoder: is copied, so that the evaluated one stays as it is.
         blocks: how many last blocks are trained.
         pooling: "cls", "mean", "both" or "motion"; see :class:`Section`.
-        mean, spread: of the training values; the output starts at the mean.
+        mean, spread: mean and standard deviation of the training values; untrained, the network
+            predicts the mean.
         layer_decay, weight_decay: see :func:`last_blocks`.
     """
 
@@ -89,13 +106,43 @@ class Regressor(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B,) values in the labels' unit."""
-        found = self.encoder(clip)  # (B, t, 1 + n, d)
-        x = pooled(pool_tokens(found, self.encoder.grid), self.pooling)
+        tokens = self.encoder(clip)  # (B, g, 1 + n, d)
+        x = pooled(pool_tokens(tokens, self.encoder.grid), self.pooling)
         return self.mean + self.spread * self.head(x)[:, 0]
 
 
+def halves_by_patient(
+    rows: Sequence[DatalistRow], seed: int, section: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the rows of one half of the patients, and of the other half.
+
+    Args:
+        seed: of the patients' order.
+        section: of the rows, for the error.
+
+    Raises:
+        ValueError: if there is only one patient.
+    """
+    owners = patients_of(rows)
+    order = patient_order(owners, seed)
+    if len(order) < 2:
+        raise ValueError(
+            f"section {section!r} has cines of {len(order)} patient, too few to choose the epoch "
+            "of fine-tuning and to calibrate its interval on others: add patients, or use method "
+            "ridge"
+        )
+    first = np.isin(owners, order[: len(order) // 2])
+    return np.flatnonzero(first), np.flatnonzero(~first)
+
+
+@dataclass(eq=False, repr=False)
 class LVEF:
     """Ejection fraction in percent, beside the error of predicting the training median.
+
+    The interval is split-conformal: its half-width is a quantile of the errors on validation cines
+    that had no part in the training. Ridge chooses its penalty on the training section, so all of
+    the validation section calibrates. Fine-tuning splits the validation section by patient: one
+    half chooses the epoch, the other calibrates.
 
     Args:
         features, results: as in :class:`KNN`.
@@ -106,60 +153,62 @@ class LVEF:
         label_fractions: shares of the training patients whose labels are used, 1 among them.
         alphas: ridge penalties to choose from.
         thresholds: EF below which a heart counts as positive in an AUROC.
-        coverage: of the split-conformal interval, calibrated on the validation section.
+        coverage: share of the cines whose true EF the interval shall hold, between 0 and 1.
         blocks, layer_decay, epochs, lr, weight_decay, warmup_epochs, batch_size: fine-tuning.
-        seed: of fine-tuning and subsets.
+        seed: of fine-tuning, of the subsets and of the validation section's halves.
         save_head: file to write the ridge head of all labels to, for inference; None for none.
         view: of the training cines, where the datalist does not say; a head needs it.
+
+    Raises:
+        ValueError: if the options do not fit together, or the labels cannot be used.
     """
 
-    def __init__(
-        self,
-        features: Features,
-        results: Results,
-        *,
-        label_key: str = "ef",
-        train: str = "training",
-        validation: str = "validation",
-        test: Sequence[str] = ("test",),
-        method: str = "ridge",
-        pooling: str = "mean",
-        label_fractions: Sequence[float] = (1.0,),
-        alphas: Sequence[float] = tuple(np.logspace(-1, 6, 15)),
-        thresholds: Sequence[float] = (40, 50),
-        coverage: float = 0.9,
-        blocks: int = 3,
-        layer_decay: float = 0.75,
-        epochs: int = 10,
-        lr: float = 5e-4,
-        weight_decay: float = 0.05,
-        warmup_epochs: float = 1.0,
-        batch_size: int = 16,
-        seed: int = 0,
-        save_head: str | Path | None = None,
-        view: str | None = None,
-    ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method {method!r} must be one of {', '.join(METHODS)}")
-        if method == "fine_tune" and not isinstance(features.encoder.module, FrozenEncoder):
-            raise ValueError(f"branch {features.encoder.branch!r} has no blocks to fine-tune")
-        if save_head is not None and (method != "ridge" or not features.own_sampling):
-            raise ValueError("save_head needs method ridge and the training's stride and duration")
-        if not 0 < coverage < 1:
-            raise ValueError(f"coverage {coverage} must lie in (0, 1)")
-        self.features, self.results, self.label_key = features, results, label_key
-        self.train, self.validation, self.test = train, validation, list(test)
-        self.method, self.pooling = method, pooling
-        self.label_fractions, self.alphas = list(label_fractions), list(alphas)
-        self.thresholds, self.coverage, self.seed = list(thresholds), coverage, seed
-        self.blocks, self.layer_decay = blocks, layer_decay
-        self.weight_decay, self.batch_size = weight_decay, batch_size
-        self.epochs, self.lr, self.warmup_epochs = epochs, lr, warmup_epochs
-        self.save_head = save_head
-        if save_head is not None and 1 not in self.label_fractions:
-            raise ValueError("save_head needs 1.0 among the label_fractions: a head has all labels")
-        both = [*features.rows[train], *features.rows[validation]]
-        self.views = [] if save_head is None else views_of(both, view)
+    features: Features
+    results: Results
+    _: KW_ONLY
+    label_key: str = "ef"
+    train: str = "training"
+    validation: str = "validation"
+    test: Sequence[str] = ("test",)
+    method: str = "ridge"
+    pooling: str = "motion"
+    label_fractions: Sequence[float] = (1.0,)
+    alphas: Sequence[float] = tuple(10.0 ** (e / 2) for e in range(-6, 13))
+    thresholds: Sequence[float] = (40, 50)
+    coverage: float = 0.9
+    blocks: int = 3
+    layer_decay: float = 0.75
+    epochs: int = 10
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1
+    batch_size: int = 16
+    seed: int = 0
+    save_head: str | Path | None = None
+    view: str | None = None
+
+    def __post_init__(self) -> None:
+        encoder = self.features.encoder
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} must be one of {', '.join(METHODS)}")
+        if self.method == "fine_tune" and not isinstance(encoder.module, FrozenEncoder):
+            raise ValueError(f"branch {encoder.branch!r} has no blocks to fine-tune")
+        if not 0 < self.coverage < 1:
+            raise ValueError(f"coverage {self.coverage} must lie in (0, 1)")
+        self.views: list[str] = []
+        if self.save_head is not None:
+            if self.method != "ridge" or not self.features.own_sampling:
+                raise ValueError(
+                    "save_head needs method ridge and the training's stride and duration"
+                )
+            check_all_labels(self.label_fractions)
+            rows = self.features.rows
+            self.views = views_of([*rows[self.train], *rows[self.validation]], self.view)
+        self.calibration = np.arange(len(self.features.rows[self.validation]))
+        if self.method == "fine_tune":
+            self.choosing, self.calibration = halves_by_patient(
+                self.features.rows[self.validation], self.seed, self.validation
+            )
 
     def run(self) -> dict:
         """Evaluates, writes, returns the results."""
@@ -174,17 +223,16 @@ class LVEF:
         for fraction in self.label_fractions:
             kept = subset_by_patient(rows[self.train], fraction, self.seed)
             predict = self._fit(kept, truth)
-            radius = conformal_radius(
-                truth[self.validation] - predict(self.validation), self.coverage
-            )
+            errors = (truth[self.validation] - predict(self.validation))[self.calibration]
+            radius = conformal_radius(errors, self.coverage)
             if self.save_head is not None and fraction == 1:
                 self._save(radius)
             for section in self.test:
-                found = self._report(section, truth[section], predict(section), radius, fraction)
-                curves.setdefault(f"{section}, MAE", []).append(found["mae"])
+                metrics = self._report(section, truth[section], predict(section), radius, fraction)
+                curves.setdefault(f"{section}, MAE", []).append(metrics["mae"])
         for section in self.test:
             constant = np.full(len(truth[section]), median)
-            self._add(section, "training median", truth[section], constant, {})
+            self._add(section, "training median", truth[section], constant)
         if len(self.label_fractions) > 1:
             caption = "The error over the share of the training labels, with 95 % intervals."
             draw = (draw_learning_curve, self.label_fractions, curves)
@@ -197,47 +245,39 @@ class LVEF:
         method: str,
         truth: np.ndarray,
         predicted: np.ndarray,
-        more: dict,
-        **kw: Any,
-    ) -> dict:
+        means: Mapping[str, np.ndarray] | None = None,
+        **options: Any,
+    ) -> dict[str, Estimate]:
+        """Adds a method's metrics; of ``means``, name -> (M,) values, it adds the mean."""
+
         def metrics(w: np.ndarray) -> dict[str, np.ndarray]:
             low = {f"auroc_under_{t:g}": auroc(truth < t, -predicted, w) for t in self.thresholds}
-            extra = {name: mean_metric(values, w) for name, values in more.items()}
+            extra = {name: mean_metric(values, w) for name, values in (means or {}).items()}
             return {**regression_metrics(truth, predicted, w), **low, **extra}
 
-        return self.results.add(section, method, self.features.rows[section], metrics, **kw)
+        return self.results.add(section, method, self.features.rows[section], metrics, **options)
 
     def _report(
         self, section: str, truth: np.ndarray, predicted: np.ndarray, radius: float, fraction: float
-    ) -> dict:
-        inside = (np.abs(truth - predicted) <= radius).astype(float)
-        more = {
-            f"coverage_{100 * self.coverage:g}": inside,
+    ) -> dict[str, Estimate]:
+        """Metrics and predictions of a section with their interval of half-width ``radius``."""
+        means = {
+            f"coverage_{100 * self.coverage:g}": (np.abs(truth - predicted) <= radius).astype(
+                float
+            ),
             "half_width": np.full(len(truth), radius),
         }
-        found = self._add(
-            section,
-            self.method,
-            truth,
-            predicted,
-            more,
-            label_fraction=fraction,
-            headlines={"mae": "EF MAE", "r2": "EF R2"} if fraction == 1 else None,
-        )
-        rows = self.features.rows[section]
-        self.results.predict(
-            section,
-            self.method,
-            rows,
-            fraction,
-            truth=truth,
-            predicted=predicted,
-            low=np.clip(predicted - radius, 0, 100),
-            high=np.clip(predicted + radius, 0, 100),
-        )
+        headlines = {"mae": "EF MAE", "r2": "EF R2"} if fraction == 1 else None
+        metrics = self._add(
+            section, self.method, truth, predicted, means,
+            label_fraction=fraction, headlines=headlines,
+        )  # fmt: skip
+        low, high = (np.clip(predicted + r, 0, 100) for r in (-radius, radius))
+        columns = {"truth": truth, "predicted": predicted, "low": low, "high": high}
+        self.results.predict(section, self.method, self.features.rows[section], fraction, **columns)
         if fraction == 1:
             self._show(section, truth, predicted)
-        return found
+        return metrics
 
     def _show(self, section: str, truth: np.ndarray, predicted: np.ndarray) -> None:
         """Pictures, and best, median and worst prediction beside the nearest training cines."""
@@ -246,7 +286,7 @@ class LVEF:
         draw(f"{section}_agreement.png", caption, draw_agreement, truth, predicted, "EF", "%")
         low = np.stack([truth < t for t in self.thresholds], 1)
         names = [f"EF < {t:g}" for t in self.thresholds]
-        scores = np.stack([-predicted] * len(names), 1)
+        scores = np.repeat(-predicted[:, None], len(names), 1)
         caption = f"{section}: hearts below an EF by the predicted one."
         draw(f"{section}_roc.png", caption, draw_roc, low, scores, names)
         pooled = self.features[section].pooled(self.pooling)
@@ -270,13 +310,13 @@ class LVEF:
         self.results.facts.setdefault("chosen_alpha", []).append(float(f"{alpha:.6g}"))
 
         def predict(section: str) -> np.ndarray:
-            found: Section = self.features[section]
-            return found.pooled(self.pooling).astype(np.float64) @ weight + bias
+            x = self.features[section].pooled(self.pooling).astype(np.float64)
+            return x @ weight + bias  # type: ignore[no-any-return]
 
         return predict
 
     def _save(self, radius: float) -> None:
-        """The ridge head of all labels, and what is like its training."""
+        """Writes the ridge head of all labels, and which cines are like its training cines."""
         assert self.save_head is not None
         encoder, (weight, bias, _) = self.features.encoder, self._line
         head = EFHead(len(weight))
@@ -298,12 +338,13 @@ class LVEF:
         write_head(self.save_head, about, {"ef": head, "ef_familiarity": familiar})
 
     def _fine_tune(self, kept: np.ndarray, truth: dict[str, np.ndarray]) -> Predictor:
-        encoder, module = self.features.encoder, self.features.encoder.module
-        assert isinstance(module, FrozenEncoder)
+        """Trains the encoder's last blocks on the ``kept`` rows of the training section."""
+        encoder, all_rows = self.features.encoder, self.features.rows
+        assert isinstance(encoder.module, FrozenEncoder)
         torch.manual_seed(self.seed)
         values = truth[self.train][kept]
         network = Regressor(
-            module,
+            encoder.module,
             self.blocks,
             self.pooling,
             float(values.mean()),
@@ -312,28 +353,28 @@ class LVEF:
             weight_decay=self.weight_decay,
         ).to(encoder.device)
         rows = [
-            {**self.features.rows[self.train][i], "target": float(truth[self.train][i])}
-            for i in kept
+            {**all_rows[self.train][i], "target": float(v)}
+            for i, v in zip(kept, values, strict=True)
         ]
         dataset = ClipDataset(
             rows, self.features.clips(1, random=True), self.seed, keep=("image", "target")
         )
         sampler = EpochSampler(len(rows), min(self.batch_size, len(rows)), seed=self.seed)
-        loader = DataLoader(dataset, sampler.batch_size, sampler=sampler)
         epoch = iter(range(1, self.epochs + 1))
+        choosing = [all_rows[self.validation][i] for i in self.choosing]
 
         def prepare(batch: Any, device: Any, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             return encoder.prepare(batch, device), batch["target"].float().to(device)
 
         def validate() -> float:
             sampler.set_epoch(next(epoch))  # of the epoch that comes
-            error = self._predict(network, self.validation) - truth[self.validation]
-            return float(np.abs(error).mean())
+            errors = self._predict(network, choosing) - truth[self.validation][self.choosing]
+            return float(np.abs(errors).mean())
 
         fit(
             network,
             network.groups,
-            loader,
+            DataLoader(dataset, sampler.batch_size, sampler=sampler),
             prepare=prepare,
             loss=lambda p, t: nn.functional.smooth_l1_loss(p / network.spread, t / network.spread),
             validate=validate,
@@ -343,17 +384,16 @@ class LVEF:
             lr=self.lr,
             warmup_epochs=self.warmup_epochs,
         )
-        return lambda section: self._predict(network, section)
+        return lambda section: self._predict(network, all_rows[section])
 
     @torch.no_grad()
-    def _predict(self, network: Regressor, section: str) -> np.ndarray:
-        """(M,) the mean over each cine's evenly spaced clips."""
+    def _predict(self, network: Regressor, rows: Sequence[DatalistRow]) -> np.ndarray:
+        """(M,) EF in percent, the mean over each cine's evenly spaced clips."""
         encoder, n = self.features.encoder, self.features.clips_per_cine
-        dataset = ClipDataset(self.features.rows[section], self.features.clips())
-        found = []
-        for batch in DataLoader(dataset, self.batch_size):
+        values = []
+        for batch in DataLoader(ClipDataset(rows, self.features.clips()), self.batch_size):
             image = torch.as_tensor(batch["image"])
             clips = image.flatten(0, 1) if n > 1 else image
-            values = network(encoder.prepare({"image": clips}, encoder.device))
-            found.append(values.unflatten(0, (-1, n)).mean(1).double().cpu().numpy())
-        return np.concatenate(found)
+            per_clip = network(encoder.prepare({"image": clips}, encoder.device))
+            values.append(per_clip.unflatten(0, (-1, n)).mean(1).double().cpu().numpy())
+        return np.concatenate(values)
