@@ -9,7 +9,6 @@ import pickle
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,12 +29,9 @@ from discovr_monai.training.pictures import save_animation
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, BUNDLE = ROOT / "discovr_monai", ROOT / "bundles" / "discovr"
-CHILD = ROOT / "benchmarks" / "speed" / "startup_child.py"
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "speed")]
 
-import startup_child  # noqa: E402
-from startup import SMALL, settings  # noqa: E402
-from startup_report import PRESETS, idle, imported, tables  # noqa: E402
+from startup import SMALL, settings, start, table  # noqa: E402
 
 # what only some commands or files need: imported in the function that does
 HEAVY = {
@@ -104,7 +100,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - b
 """
     changed = SMALL | {"dataset_dir": str(listed), "output_dir": str(tmp_path / "out")}
     packages = json.loads(run(code, json.dumps(changed | {"mlflow": False}), cwd=BUNDLE))
-    assert set(packages) - sys.stdlib_module_names <= {"discovr_monai", "safetensors", "torch"}
+    assert set(packages) - sys.stdlib_module_names <= {"discovr_monai", "pebble", "safetensors", "torch"}
     assert "discovr_monai" in packages
 
 
@@ -368,83 +364,16 @@ def test_best_compares_validations_with_validations(rows, interval, metrics, val
 # ---- the command that measures ------------------------------------------------------------
 
 
-def test_inner_parts_count_for_themselves_only(monkeypatch):
-    seconds = iter([0.0, 1.0, 3.0, 10.0, 14.0, 20.0])  # outer (inner) (inner that fails) outer
-    monkeypatch.setattr(startup_child.time, "perf_counter", lambda: next(seconds))
-    clock = startup_child.Clock()
-    with clock.part("outer"):
-        with clock.part("inner"):
-            pass
-        with pytest.raises(ValueError, match="counts too"), clock.part("inner"):
-            raise ValueError("counts too")
-    assert clock.calls == {"inner": [2.0, 4.0], "outer": [20.0]}
-    assert clock.own == {"inner": 6.0, "outer": 14.0}
-
-
-def test_import_times_are_read():
-    words = "import time: self [us] | cumulative | imported package\nimport time:   1500 |       9000 |   torch.nn\nx\n"
-    assert imported(words) == {"torch.nn": 0.0015}
-
-
-def made_up(batch: int) -> dict:
-    """Round seconds of every call; the first of each takes a day."""
-    seconds = {
-        "step": 1.1, "diagnosis": 0.1, "clip": 0.01, "validation": 0.8, "pictures": 2.0,
-        "checkpoint": 0.2, "MLflow, a step": 0.01, "MLflow, a write": 0.05, "screen, a step": 0.001,
-        "means, a step": 0.002, "collapse watch, a step": 0.003,
-    }  # fmt: skip
-    calls = {name: [86400.0, value, value] for name, value in seconds.items()}
-    return {"calls": calls, "parts": {n: 3 * v for n, v in seconds.items()}, "batch": batch}
-
-
-def test_an_epoch_is_reckoned_from_its_calls():
-    rows = idle(made_up(16), PRESETS["demo"])
-    expected = {  # demo: 7 steps of 16 clips; validation and pictures every 10th epoch
-        "steps": (1.0 + 16 * 0.01, 7), "validation": (0.8 * 35 / 16, 0.1), "pictures": (2.0, 0.1),
-        "checkpoints": (0.2, 7 / 50 + 0.1), "diagnoses": (0.1, 0.7),
-        "MLflow: figures of a step": (0.01, 7), "MLflow: a write": (0.05, 7 * 1.16 / 5),
-        "progress bar, means, collapse watch": (0.006, 7),
-    }  # fmt: skip
-    assert {n: (r["call"], r["calls"]) for n, r in rows.items()} == {
-        n: pytest.approx(v) for n, v in expected.items()
-    }
-    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
-
-
-def test_a_smaller_batch_stands_for_the_papers():
-    steps = idle(made_up(2), PRESETS["paper"])["steps"]
-    assert steps["call"] == pytest.approx(8 * 1.0)  # its workers hide the loading
-    assert steps["calls"] == 7465 // 16
-
-
-def test_tables_say_what_is_ours():
-    parts = {"ours": {"first step": 3.0, "import MONAI": 5.0}, "plain": {"import MONAI": 5.0}}
-    ways = {w: {"seconds": s, "parts": parts[w]} for w, s in (("ours", 9.5), ("plain", 6.25))}
-    found = {
+def test_the_table_says_what_is_ours():
+    report = {
         "machine": {"gpu": None, "cores": 2, "torch": "2", "busy_cores": 1.5}, "rounds": 1, "quick": True,
-        "cines": 24, "simulating": 8.0, "start": [{"warm": ways}], "imports": {"sqlalchemy": 0.5},
-        "idle": {"demo": made_up(16)},
+        "start": [{"warm": {"ours": 9.5, "plain": 6.25}}],
     }  # fmt: skip
-    text = tables(found)
+    text = table(report)
     assert "| **ours on top** (at most 5) | **3.25 [3.25, 3.25]** |" in text
+    assert "| the training command | 9.50 [9.50, 9.50] |" in text
     assert "These figures mean nothing" in text
     assert "kept 1.5 cores busy: not to be kept" in text
-    assert "| sqlalchemy | 0.50 |" in text
-    assert "24 cines are simulated once, before that: 8 s" in text
-    total = sum(r["share"] for n, r in idle(made_up(16), PRESETS["demo"]).items()
-                if n in ("validation", "pictures", "checkpoints"))  # fmt: skip
-    assert f"**{100 * total:.1f} %**" in text
-
-
-def measured(tmp_path, what: str, *command: str) -> dict:
-    out = tmp_path / "found.json"
-    environment = os.environ | {"BORN": str(time.time())}
-    done = subprocess.run(
-        [sys.executable, str(CHILD), what, str(out), *command],
-        cwd=BUNDLE, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(out.read_text())
 
 
 def test_a_start_is_measured_to_its_first_step(tmp_path):
@@ -455,19 +384,16 @@ def test_a_start_is_measured_to_its_first_step(tmp_path):
     )
     changed = SMALL | {"dataset_dir": root / "Videos", "output_dir": tmp_path / "out", "epochs": 1}
     command = ["run", "training", "--config_file", "configs/train.yaml", *settings(changed)]
-    found = measured(tmp_path, "ours", *command)
-    assert 0 < sum(found["parts"].values()) <= 1.01 * found["seconds"]  # no second counts twice
-    assert {"import torch", "import MONAI", "read the config (MONAI)", "find or scan the cines",
-            "decode or map cines", "build the network", "make MLflow's store",
-            "begin MLflow's run", "first step"} <= set(found["parts"])  # fmt: skip
-    assert len(found["calls"]["first step"]) == 1
-    assert not (tmp_path / "out" / "last.pt").exists()
-    assert not {"highdicom", "usearch", "cv2", "torchvision"} & set(found["modules"])
+    measured = start("ours", command)
+    assert measured["seconds"] > 0
+    assert {"discovr_monai.training.trainer", "mlflow"} <= set(measured["modules"])
+    assert (tmp_path / "out" / "mlruns.db").exists()
+    assert not (tmp_path / "out" / "last.pt").exists()  # it ended after a step
+    assert not {"highdicom", "usearch", "cv2", "torchvision"} & set(measured["modules"])
 
 
-def test_a_step_without_us_is_measured(tmp_path):
-    found = measured(tmp_path, "plain", "configs/train.yaml", json.dumps(SMALL))
-    assert {"import torch", "import MONAI", "build the network", "first step"} <= set(
-        found["parts"]
-    )
-    assert not {"discovr_monai.training.checkpoint", "sqlalchemy", "av"} & set(found["modules"])
+def test_a_step_without_us_is_measured():
+    measured = start("plain", ["configs/train.yaml", json.dumps(SMALL)])
+    assert measured["seconds"] > 0
+    assert {"torch", "monai.bundle"} <= set(measured["modules"])
+    assert not {"discovr_monai.training.checkpoint", "sqlalchemy", "av"} & set(measured["modules"])
