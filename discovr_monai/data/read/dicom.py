@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from discovr_monai.base.types import Cine, CineError
+from discovr_monai.data.read.kinds import is_dicom
 from discovr_monai.data.read.pixels import check_size, choose_colour, plausible_fps
 
 CODECS = "pip install pylibjpeg pylibjpeg-openjpeg pyjpegls"
@@ -21,9 +22,11 @@ def read_dicom(path: Path, name: str, color: str) -> Cine:
     dataset = open_dicom(path, name)
     _check_is_cine(dataset, name)
     _check_content(dataset, name)
-    sizes = [_whole(dataset.get(k)) for k in ("NumberOfFrames", "Rows", "Columns")]
-    samples = _whole(dataset.get("SamplesPerPixel")) or 1
-    check_size(path, name, (*sizes, samples, (_whole(dataset.get("BitsAllocated")) or 8) // 8))
+    sizes = [whole_number(dataset.get(k)) for k in ("NumberOfFrames", "Rows", "Columns")]
+    samples = whole_number(dataset.get("SamplesPerPixel")) or 1
+    check_size(
+        path, name, (*sizes, samples, (whole_number(dataset.get("BitsAllocated")) or 8) // 8)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # pydicom only warns of missing frames
         try:
@@ -95,7 +98,12 @@ DOPPLER = (3, 4, 5, 6, 7)
 SCREENS = (640, 800, 1024, 1280, 1600)  # pixels across scanners' screens
 
 
-def _whole(value: Any) -> int:
+def whole_number(value: Any) -> int:
+    """A tag's value as a whole number of at least 0; 0 for what is none.
+
+    >>> whole_number("12"), whole_number(None), whole_number("many")
+    (12, 0, 0)
+    """
     try:
         return max(int(value), 0)
     except (TypeError, ValueError, OverflowError):
@@ -106,28 +114,21 @@ def _regions(dataset: Any) -> list[Any]:
     return list(dataset.get("SequenceOfUltrasoundRegions") or [])
 
 
-def _kinds(dataset: Any) -> list[tuple[int, int]]:
-    return [
-        (_whole(r.get("RegionSpatialFormat")), _whole(r.get("RegionDataType")))
-        for r in _regions(dataset)
-    ]
-
-
 def _check_content(dataset: Any, name: str) -> None:
     """Sets aside what its own region tags say is not one grey 2-D cine."""
-    kinds = _kinds(dataset)
-    found = None
+    kinds = [_kind(region) for region in _regions(dataset)]
+    content = None
     if any(form == M_MODE for form, _ in kinds):
-        found = "M-mode"
+        content = "M-mode"
     elif any(form == SPECTRAL or data in DOPPLER for form, data in kinds):
-        found = "spectral Doppler"
+        content = "spectral Doppler"
     elif (TWO_D, COLOUR_FLOW) in kinds:
-        found = "colour Doppler"
+        content = "colour Doppler"
     elif kinds.count((TWO_D, TISSUE)) > 1:
-        found = "a split screen"
-    if found:
+        content = "a split screen"
+    if content:
         remedy = "Only single 2-D grey cines train: leave it out"
-        raise CineError(name, f"it shows {found}", remedy, "not a cine")
+        raise CineError(name, f"it shows {content}", remedy, "not a cine")
 
 
 def tissue_region(dataset: Any) -> tuple[tuple[slice, slice] | None, float]:
@@ -147,8 +148,8 @@ def tissue_region(dataset: Any) -> tuple[tuple[slice, slice] | None, float]:
     corners = [regions[0].get(f"RegionLocation{corner}") for corner in names]
     if any(c is None for c in corners):
         return None, 1.0
-    x0, x1, y0, y1 = (_whole(c) for c in corners)
-    width, height = _whole(dataset.get("Columns")), _whole(dataset.get("Rows"))
+    x0, x1, y0, y1 = (whole_number(c) for c in corners)
+    width, height = whole_number(dataset.get("Columns")), whole_number(dataset.get("Rows"))
     x1, y1 = x1 + 1, y1 + 1  # the tags count the last pixel
     over = x1 / width, y1 / height
     scale = 1.0
@@ -166,7 +167,9 @@ def tissue_region(dataset: Any) -> tuple[tuple[slice, slice] | None, float]:
 
 
 def _kind(region: Any) -> tuple[int, int]:
-    return _whole(region.get("RegionSpatialFormat")), _whole(region.get("RegionDataType"))
+    return whole_number(region.get("RegionSpatialFormat")), whole_number(
+        region.get("RegionDataType")
+    )
 
 
 def _inverse(milliseconds: Any) -> float | None:
@@ -186,7 +189,7 @@ def _check_is_cine(dataset: Any, name: str) -> None:
                 "Export it again from the archive",
             )
         raise CineError(name, "it holds no pixels (a report?)", "Leave it out", "not a cine")
-    if _whole(dataset.get("NumberOfFrames")) < 2:
+    if whole_number(dataset.get("NumberOfFrames")) < 2:
         colour = " with colour Doppler" if dataset.get("UltrasoundColorDataPresent") else ""
         raise CineError(
             name,
@@ -205,8 +208,8 @@ def _describes_image(dataset: Any) -> bool:
     with disable_value_validation():  # a UID that is cut short is no news
         classes = (dataset.get("SOPClassUID"), meta.get("MediaStorageSOPClassUID"))
         names = [UID(str(c or "")).name for c in classes]
-    known = any("Image Storage" in n or n == "Enhanced US Volume Storage" for n in names)
-    return known or "Rows" in dataset
+    is_image = any("Image Storage" in n or n == "Enhanced US Volume Storage" for n in names)
+    return is_image or "Rows" in dataset
 
 
 def _pixels(dataset: Any) -> np.ndarray:
@@ -236,20 +239,20 @@ def _spacing(dataset: Any) -> tuple[float, float] | None:
         in_cm = region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == 3
         if not in_cm or _kind(region)[0] != TWO_D:
             continue
-        found = _lengths(region.get("PhysicalDeltaY"), region.get("PhysicalDeltaX"), 10.0)
-        if found:
+        delta = _lengths(region.get("PhysicalDeltaY"), region.get("PhysicalDeltaX"), 10.0)
+        if delta:
             scale = tissue_region(dataset)[1]  # the delta is of the pixels that the region counts
-            return found[0] / scale, found[1] / scale
+            return delta[0] / scale, delta[1] / scale
     spacing = dataset.get("PixelSpacing")
     return _lengths(spacing[0], spacing[1], 1.0) if spacing and len(spacing) > 1 else None
 
 
 def _lengths(row: Any, column: Any, scale: float) -> tuple[float, float] | None:
     try:
-        found = abs(float(row)) * scale, abs(float(column)) * scale
+        lengths = abs(float(row)) * scale, abs(float(column)) * scale
     except (TypeError, ValueError):
         return None
-    return found if all(0 < v < 100 for v in found) else None
+    return lengths if all(0 < v < 100 for v in lengths) else None
 
 
 def _decoding_error(name: str, error: Exception) -> CineError:
@@ -275,9 +278,6 @@ def patient_of(path: Path) -> str | None:
 
 def owners_of(path: Path) -> tuple[str | None, str | None]:
     """A DICOM file's PatientID and StudyInstanceUID; to be salted before they go anywhere."""
-    from discovr_monai.data.read.dicom import open_dicom
-    from discovr_monai.data.read.kinds import is_dicom
-
     try:
         if not is_dicom(path):
             return None, None

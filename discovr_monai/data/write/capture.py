@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from discovr_monai.base.notice import NOTICE
 from discovr_monai.data.read.dicom import frame_rate
-from discovr_monai.data.write.segmentation import (
+from discovr_monai.data.write.derived import (
     MAKER,
     clean_text,
     new_dataset,

@@ -18,16 +18,15 @@ from discovr_monai.base.types import CineError
 from discovr_monai.data.read.cine import read_cine
 from discovr_monai.data.read.kinds import NIFTI
 from discovr_monai.data.write.capture import draw_outlines, write_secondary_capture
-from discovr_monai.data.write.segmentation import (
+from discovr_monai.data.write.derived import (
     check_labels,
-    obstacle,
     open_source,
     other_size,
     quiet,
     refuse_empty,
     refuse_overwriting,
-    write_dicom_segmentation,
 )
+from discovr_monai.data.write.segmentation import obstacle, write_dicom_segmentation
 
 # Where a NIfTI file says which voxel lies where; all else in a header may name a patient.
 GEOMETRY = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c",

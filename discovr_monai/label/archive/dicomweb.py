@@ -24,7 +24,8 @@ from discovr_monai.base.files import save_atomic
 from discovr_monai.base.privacy import is_loopback
 from discovr_monai.base.tables import write_table
 from discovr_monai.data.read.kinds import is_dicom
-from discovr_monai.data.write.segmentation import STILLS, quiet
+from discovr_monai.data.write.derived import quiet
+from discovr_monai.data.write.segmentation import STILLS
 
 T = TypeVar("T")
 TOKEN, USER, PASSWORD = (f"DISCOVR_MONAI_DICOMWEB_{n}" for n in ("TOKEN", "USER", "PASSWORD"))
