@@ -1,16 +1,19 @@
-"""Small helpers that the bundle's YAML calls: checks, and words for the screen."""
+"""Small helpers that the bundle's YAML calls: checks, what MLflow records, words for the screen."""
 
 from __future__ import annotations
 
 import ast
 import difflib
+import inspect
+import pydoc
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from monai.bundle.reference_resolver import ReferenceResolver
 from torch import nn
 
 from discovr_monai.base.files import save_atomic
@@ -21,62 +24,206 @@ RUN_OPTIONS = {
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
     "args_file", "workflow_name", "workflow_type",
 }  # fmt: skip
+# keys that stood at the top of train.yaml, and where each value stands now
+MOVED = {
+    "cache_dir": "loader#store#directory",
+    "cache_gb": "loader#store#max_gb",
+    "train_section": "train#dataset#data#section",
+    "normal_only": "train#dataset#data#normal_only",
+    "val_fraction": "data#val_fraction",
+    "sector_mask": "loader#sector",
+    "duration": "clip#duration",
+    "default_fps": "clip#default_fps",
+    "pad_mode": "clip#pad_mode",
+    "crop_scales": "crop#scales",
+    "augment": "augmentation#strengths",
+    "speed": "sampling#speed",
+    "mean": "clip#mean",
+    "std": "clip#std",
+    "shard_window": "train#sampler#window",
+    "decoder_dim": "decoder_def#embed_dim",
+    "decoder_depth": "decoder_def#depth",
+    "decoder_heads": "decoder_def#num_heads",
+    "head_outputs": "video_head_def#out_dim",
+    "head_hidden": "video_head_def#hidden_dim",
+    "head_bottleneck": "video_head_def#bottleneck_dim",
+    "head_norm": "video_head_def#norm",
+    "image_frame_step": "network_def#image_frame_step",
+    "teacher_keep": "masking#teacher_keep",
+    "activation_checkpointing": "accelerated#activation_checkpointing",
+    "compile": "accelerated#compile",
+    "centring": "loss#terms#video#centring",
+    "student_temperature": "loss#terms#video#student_temperature",
+    "teacher_temperature": "teacher_temperature_schedule#start, teacher_temperature_schedule#end",
+    "teacher_momentum": "train#trainer#teacher_momentum#start, train#trainer#teacher_momentum#end",
+    "centre_momentum": "network_def#centre_momentum",
+    "cluster_temperature": "loss#terms#cluster#temperature",
+    "sinkhorn_eps": "loss#terms#cluster#eps",
+    "sinkhorn_iterations": "loss#terms#cluster#iterations",
+    "assignments": "loss#terms#cluster#assignments",
+    "accumulation_steps": "train#trainer#accumulation_steps",
+    "weight_decay": "optimizer#params#weight_decay",
+    "betas": "optimizer#betas",
+    "gradient_clip": "train#trainer#gradient_clip",
+    "save_every": "checkpoints#save_every",
+    "max_skipped": "train#trainer#max_skipped",
+    "pictures_every": "train#handlers#4#every",
+    "diagnose_every": "train#trainer#diagnose_every",
+}
+GONE = {"sinkhorn_chunk": "Sinkhorn always takes all tokens at once: leave the key out"}
+# never recorded: most may be a path or somebody's name, even where they look like a number
+NOT_RECORDED = {
+    "bundle_root", "demo_dir", "dataset_dir", "datalist", "output_dir", "cache_dir", "init",
+    "resume", "experiment_name", "run_name", "tracking_uri", "train_section",
+    "save_execute_config", "record", "_meta_",
+}  # fmt: skip
+# settings in words that are a choice of few; other words could be a path or a person's name
+CHOICES = {
+    "preset", "precision", "strategy", "sector_mask", "pad_mode", "head_norm", "centring",
+    "assignments",
+}  # fmt: skip
 
 
 def check_command_line(argv: Sequence[str] | None = None) -> None:
     """Refuses keys that no config knows, and makes errors end in one clear line.
 
     MONAI silently adds a misspelt key; this looks at what ``--config_file`` names: the first
-    file knows the keys, overlays and ``--key value`` may only change them. Does nothing where
-    the command line is not a bundle's.
+    file knows the keys, overlays and ``--key value`` may only change them, at any depth. Does
+    nothing where the command line is not a bundle's.
 
     Raises:
-        ValueError: naming the key and the nearest known one.
+        ValueError: naming the key and the nearest known one, or the place that it moved to.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _options(arguments)
     if "config_file" not in options:
         return
-    sys.excepthook = _one_clear_error
+    show_errors_in_one_line()
     files = _as_list(options["config_file"])
     configs = [_read(file) for file in files]
-    known = _keys(configs[0])
+    known = _flat(configs[0])
     for file, config in zip(files[1:], configs[1:], strict=True):
-        for key in config:
-            _check(key.split("#")[0].split("::")[0], known, f"{Path(file).name}: ")
-    known = known.union(*(_keys(config) for config in configs[1:]))
+        for key, value in config.items():
+            place = key.replace("::", "#").lstrip("+")
+            if isinstance(value, dict) and "_target_" in value and "#" in place:
+                place = place.rpartition("#")[0]  # another component, such as a term of the loss
+            _check(place, known, f"{Path(file).name}: ")
+    for config in configs[1:]:
+        known |= _flat(config)
     for key in options:
         path = key.replace("::", "#")
         if path.split("#")[0] in RUN_OPTIONS:
             continue
         _check(path, known, "--")
-        default = next((config[path] for config in reversed(configs) if path in config), None)
-        if isinstance(default, bool) and options[key] not in ("True", "False"):
+        if isinstance(known.get(path), bool) and options[key] not in ("True", "False"):
             raise ValueError(f"--{path} {options[key]}: write True or False, with a capital letter")
 
 
-def _check(key: str, known: set[str], where: str) -> None:
+def _check(key: str, known: Mapping[str, Any], where: str) -> None:
+    """Raises a ValueError unless the configs have this key, or a component may take it."""
     parts = key.split("#")
     for depth in range(1, len(parts) + 1):
-        prefix = "#".join(parts[:depth])
+        prefix, parent = "#".join(parts[:depth]), "#".join(parts[: depth - 1])
         if prefix in known:
             continue
-        if depth > 1 and any(p.isdigit() for p in parts[:depth]):
-            return  # an item of a list
-        if depth > 1 and f"{'#'.join(parts[: depth - 1])}#_target_" in known:
-            return  # another argument of a component
-        near = difflib.get_close_matches(prefix, sorted(known), n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else "See docs/configs.md for all keys"
+        if prefix in GONE:
+            raise ValueError(f"{where}{prefix} is gone. {GONE[prefix]}")
+        if prefix in MOVED and MOVED[prefix].split(", ")[0] in known:
+            raise ValueError(f"{where}{prefix} is now {MOVED[prefix].replace(', ', ' and ')}")
+        shared = known.get(parent)
+        if isinstance(shared, str) and shared.startswith("@"):
+            place = "#".join([shared[1:], *parts[depth - 1 :]])
+            raise ValueError(f"{where}{key} is now {place}")
+        candidates = set(known)
+        if f"{parent}#_target_" in known:
+            taken = _arguments(known[f"{parent}#_target_"])
+            if taken is None or parts[depth - 1] in taken:
+                return
+            candidates |= {f"{parent}#{name}" for name in taken}
+        hint = _nearest(prefix, candidates)
         raise ValueError(f"{where}{prefix}: no config knows this key. {hint}")
 
 
-def _keys(config: dict[str, Any], prefix: str = "") -> set[str]:
-    found = set()
-    for key, value in config.items():
-        found.add(f"{prefix}{key}")
-        if isinstance(value, dict):
-            found |= _keys(value, f"{prefix}{key}#")
-    return found
+def _nearest(key: str, candidates: set[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(candidates), n=1, cutoff=0.5)
+    return f"Did you mean {near[0]!r}?" if near else "See docs/configs.md for all keys"
+
+
+def _arguments(target: str) -> set[str] | None:
+    """What a component takes; None where that cannot be told, or it takes anything."""
+    component = pydoc.locate(target) if "." in target and not target.startswith("$") else None
+    if not callable(component):
+        return None
+    parameters = inspect.signature(component).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return set(parameters)
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every key of a config, "loss#terms#cluster" and "loss#terms#cluster#eps", with its value."""
+    keys = {}
+    pairs = config.items() if isinstance(config, dict) else enumerate(config)
+    for key, value in pairs:
+        place = f"{prefix}{key}".replace("::", "#")
+        keys[place] = value
+        if isinstance(value, (dict, list)):
+            keys |= _flat(value, f"{place}#")
+    return keys
+
+
+def parameters(record: Mapping[str, Any], **computed: Any) -> dict[str, Any]:
+    """What MLflow records of a training: the settings of its config, whichever way it was started.
+
+    Called in an expression of the config. A setting is a plain key at the top of it, or one of
+    ``MOVED``, which keeps its name in MLflow. Numbers, switches and lists of them are taken, and
+    the words of ``CHOICES``; no path, no name and no device.
+
+    Args:
+        record: goes on top of the settings.
+        computed: and so do these.
+    """
+    settings: dict[str, Any] = {}
+    config = _config_around()
+    for key in [key for key in config if key.isidentifier()]:
+        settings[key] = config[key]
+    for key, places in MOVED.items():
+        values = [_literal(config.get(place)) for place in places.split(", ")]
+        if places.split(", ")[0] in config:
+            settings[key] = values if len(values) > 1 else values[0]
+    plain = {k: v for k, v in settings.items() if k not in NOT_RECORDED and _is_recorded(k, v)}
+    return {**plain, **record, **computed}
+
+
+def _config_around() -> dict[str, Any]:
+    """The config that the running expression stands in: MONAI hands expressions no way to it."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        resolver = frame.f_locals.get("self")
+        if isinstance(resolver, ReferenceResolver):
+            return {key.replace("::", "#"): i.get_config() for key, i in resolver.items.items()}
+    return {}
+
+
+def _literal(value: Any) -> Any:
+    """An expression that is no more than a tuple of numbers, as a list."""
+    if isinstance(value, str) and value.startswith("$("):
+        try:
+            return list(ast.literal_eval(value[1:]))
+        except (ValueError, SyntaxError):
+            return value
+    return value
+
+
+def _is_recorded(key: str, value: Any) -> bool:
+    if isinstance(value, dict):
+        return "_target_" not in value and all(_is_recorded("", v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_is_recorded("", v) for v in value)
+    if isinstance(value, str):
+        return key in CHOICES
+    return value is None or isinstance(value, (bool, int, float))
 
 
 def _read(file: str) -> dict[str, Any]:
@@ -103,6 +250,11 @@ def _as_list(value: str) -> list[str]:
     if value.startswith("["):
         return list(ast.literal_eval(value))
     return value.split(",")
+
+
+def show_errors_in_one_line() -> None:
+    """From now on an error of ours that ends this process shows its message and no traceback."""
+    sys.excepthook = _one_clear_error
 
 
 def _one_clear_error(

@@ -32,13 +32,23 @@ from discovr_monai.weights.files import read_checkpoint
 BUNDLE = Path(__file__).parents[2] / "bundles" / "discovr"
 VARIANTS = {
     "default": [],
-    "paper_head": ["--head_norm", "none"],
-    "sinkhorn": ["--head_norm", "none", "--centring", "sinkhorn"],
-    "batch_and_sinkhorn": ["--centring", "sinkhorn"],
-    "batch_and_centre": ["--teacher_temperature", "[0.04, 0.07]"],
-    "sharp": ["--teacher_temperature", "[0.03, 0.03]"],
-    "sharp_sinkhorn": ["--centring", "sinkhorn", "--teacher_temperature", "[0.03, 0.03]"],
-    "every_frame": ["--image_frame_step", "1"],
+    "paper_head": ["--video_head_def#norm", "none"],
+    "sinkhorn": ["--video_head_def#norm", "none", "--loss#terms#video#centring", "sinkhorn"],
+    "batch_and_sinkhorn": ["--loss#terms#video#centring", "sinkhorn"],
+    "batch_and_centre": [
+        "--teacher_temperature_schedule#start",
+        "0.04",
+        "--teacher_temperature_schedule#end",
+        "0.07",
+    ],
+    "sharp": ["--teacher_temperature_schedule#start", "0.03"],
+    "sharp_sinkhorn": [
+        "--loss#terms#video#centring",
+        "sinkhorn",
+        "--teacher_temperature_schedule#start",
+        "0.03",
+    ],
+    "every_frame": ["--network_def#image_frame_step", "1"],
     "higher_lr": ["--lr", "1e-3"],
 }
 FIGURES = (
@@ -53,7 +63,7 @@ def train(name: str, data: Path, out: Path, epochs: int) -> float:
         sys.executable, "-m", "monai.bundle", "run", "training",
         "--config_file", "configs/train.yaml", "--dataset_dir", str(data.resolve()),
         "--output_dir", str(out.resolve()), "--epochs", str(epochs), "--resume", "never",
-        "--pictures_every", "0", *VARIANTS[name],
+        "--train#handlers#4#every", "0", *VARIANTS[name],
     ]  # fmt: skip
     start = time.perf_counter()
     subprocess.run(

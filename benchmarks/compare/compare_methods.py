@@ -107,9 +107,11 @@ def pretrain(name: str, seed: int, plan: dict[str, Any], work: Path, out: Path) 
         write_untrained(out / "last.pt", settings)
         cost = {"pretraining_seconds": 0.0, "pretraining_gib": 0.0}
     else:
+        from discovr_monai.configuration import MOVED
+
         out.mkdir(parents=True, exist_ok=True)
         overlay = out / "settings.yaml"
-        overlay.write_text(yaml.safe_dump(settings))
+        overlay.write_text(yaml.safe_dump({MOVED.get(k, k): v for k, v in settings.items()}))
         files = [*(str((BUNDLE / "configs" / c).resolve()) for c in configs), str(overlay)]
         command = [sys.executable, "-m", "monai.bundle", "run", "training"]
         command += ["--config_file", str(files), "--bundle_root", str(BUNDLE.resolve())]

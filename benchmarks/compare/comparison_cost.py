@@ -95,6 +95,8 @@ def measure(name: str, work: Path, steps: int) -> dict[str, Any]:
     from ignite.engine import Events
     from monai.bundle import ConfigParser
 
+    from discovr_monai.configuration import MOVED
+
     plan = protocol("recorded")
     method = plan["methods"][name]
     files = ["train.yaml", *([method["config"]] if "config" in method else [])]
@@ -107,7 +109,7 @@ def measure(name: str, work: Path, steps: int) -> dict[str, Any]:
         "epochs": plan["size"]["epochs"],
     }  # fmt: skip
     for key, value in settings.items():
-        parser[key] = value
+        parser[MOVED.get(key, key)] = value
     parser.parse()
     trainer = parser.get_parsed_content("train#trainer")
     times = [time.perf_counter()]

@@ -10,6 +10,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from discovr_monai.base.files import save_atomic
+from discovr_monai.configuration import MOVED
 from discovr_monai.weights.files import FORMAT, describe_encoders
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "discovr"
@@ -20,7 +21,7 @@ def write_untrained(path: Path, settings: Mapping[str, Any]) -> None:
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / "configs" / "train.yaml"))
     for key, value in settings.items():
-        parser[key] = value
+        parser[MOVED.get(key, key)] = value
     torch.manual_seed(settings["seed"])
     network = parser.get_parsed_content("network_def")
     about = describe_encoders(network, parser.get_parsed_content("checkpoints#clip"))

@@ -120,7 +120,7 @@ def validation(parser: ConfigParser, work: Compute, batch: int, gpus: int) -> fl
 
     Every GPU takes what is left of the held-out clips after whole global batches.
     """
-    share = parser["val_fraction"]
+    share = parser["data#val_fraction"]
     held = round(EPOCH * batch * gpus * share / (1 - share))
     batches = len(SharedBatches(held, batch, world_size=gpus))
     return batches * work.forward / (parser["val_interval"] * EPOCH * work.step)

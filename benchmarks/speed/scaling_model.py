@@ -17,6 +17,7 @@ from monai.bundle import ConfigParser
 from step_setup import CONFIGS
 from torch import nn
 
+from discovr_monai.configuration import MOVED
 from discovr_monai.networks.discovr import Discovr
 from discovr_monai.networks.vit import Block
 
@@ -129,7 +130,7 @@ def configuration(size: str, **settings: Any) -> ConfigParser:
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / "train.yaml"), str(CONFIGS / f"{overlay}.yaml")])
     for key, value in (changed | settings).items():
-        parser[key] = value
+        parser[MOVED.get(key, key)] = value
     return parser
 
 
@@ -148,12 +149,14 @@ def collectives(parser: ConfigParser, network: Discovr) -> list[Collective]:
     """Every exchange of one step, in its order."""
     heads = [h for h in (network.video_head, network.image_head) if h is not None]
     found = []
-    if parser["head_norm"] == "batch":  # students' moments have a gradient, teachers' have none
+    if (
+        parser["video_head_def#norm"] == "batch"
+    ):  # students' moments have a gradient, teachers' have none
         moments = 2 * FLOAT * network.video_student.embed_dim
         found.append(Collective("moments of the heads' batch norm", 3 * len(heads), moments))
-    sinkhorns = [(2, parser["num_prototypes"], parser["sinkhorn_iterations"])]
-    if parser["centring"] == "sinkhorn":
-        sinkhorns.append((len(heads), parser["head_outputs"], 3))
+    sinkhorns = [(2, parser["num_prototypes"], parser["loss#terms#cluster#iterations"])]
+    if parser["loss#terms#video#centring"] == "sinkhorn":
+        sinkhorns.append((len(heads), parser["video_head_def#out_dim"], 3))
     for times, columns, iterations in sinkhorns:
         found.append(Collective("Sinkhorn: largest score, tokens", 2 * times, FLOAT))
         found.append(Collective("Sinkhorn: mass", times * iterations, FLOAT * columns))
@@ -165,7 +168,7 @@ def collectives(parser: ConfigParser, network: Discovr) -> list[Collective]:
         Collective("gradients (DDP's buckets)", calls, size, hidden=True, once=True),
         Collective("losses to log", 1, FLOAT * (1 + losses)),
         Collective("is a rank's step not finite?", 1, FLOAT, once=True),
-        Collective("centres", len(heads), FLOAT * parser["head_outputs"], once=True),
+        Collective("centres", len(heads), FLOAT * parser["video_head_def#out_dim"], once=True),
         Collective("was a rank told to stop?", 1, FLOAT, once=True),
     ]
 
@@ -177,10 +180,10 @@ def compute(parser: ConfigParser, network: Discovr, batch: int, speed: float) ->
     """
     parts = operations.step(
         network, batch, parser["num_views"], parser["mask_ratio"],
-        parser["sinkhorn_iterations"], element=2,
+        parser["loss#terms#cluster#iterations"],
     )  # fmt: skip
-    everything = operations.total(parts).matrix
-    teachers = parts["video teacher"].matrix + parts["image teacher"].matrix
+    everything = sum(parts.values())
+    teachers = parts["video teacher"] + parts["image teacher"]
     return Compute(everything / speed, 2 / 3 * (everything - teachers) / speed)
 
 

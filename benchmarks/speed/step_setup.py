@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
+from discovr_monai.configuration import MOVED
 from discovr_monai.training.trainer import DiscovrTrainer
 
 CONFIGS = Path(__file__).parents[2] / "bundles" / "discovr" / "configs"
@@ -19,12 +20,12 @@ QUICK = {  # same parts, seconds instead of minutes
     "embed_dim": 48,
     "depth": 2,
     "num_heads": 3,
-    "decoder_dim": 24,
-    "decoder_depth": 1,
-    "decoder_heads": 3,
-    "head_outputs": 128,
-    "head_hidden": 64,
-    "head_bottleneck": 32,
+    "decoder_def#embed_dim": 24,
+    "decoder_def#depth": 1,
+    "decoder_def#num_heads": 3,
+    "video_head_def#out_dim": 128,
+    "video_head_def#hidden_dim": 64,
+    "video_head_def#bottleneck_dim": 32,
     "num_prototypes": 40,
     "mask_ratio": 0.75,
 }
@@ -60,7 +61,7 @@ def build(
     parser.read_config([str(CONFIGS / "train.yaml"), str(CONFIGS / f"{SIZES[size]}.yaml")])
     changed = (QUICK if quick else {}) | settings | {"batch_size": batch, "steps_per_epoch": 1000}
     for key, value in changed.items():
-        parser[key] = value
+        parser[MOVED.get(key, key)] = value
     parser["device"] = torch.device(device)
     if plain:
         parser["network_def#_target_"] = f"{PlainDiscovr.__module__}.{PlainDiscovr.__name__}"
@@ -88,7 +89,7 @@ def build(
         lr=parser.get_parsed_content("train#trainer#lr"),
         teacher_momentum=parser.get_parsed_content("train#trainer#teacher_momentum"),
         precision=precision,
-        gradient_clip=parser["gradient_clip"],
+        gradient_clip=parser["train#trainer#gradient_clip"],
         diagnose_every=0,  # an extra of every tenth step, the same in both formulations
     )
     return trainer, data

@@ -14,8 +14,9 @@ from tests.commands import run_module
 BUNDLE = Path(__file__).parents[2] / "bundles" / "discovr"
 TINY = [
     "--image_size", "32", "--num_frames", "4", "--embed_dim", "24", "--depth", "1",
-    "--num_heads", "3", "--decoder_dim", "24", "--decoder_depth", "1", "--head_outputs", "32",
-    "--head_hidden", "16", "--head_bottleneck", "8", "--num_prototypes", "16", "--epochs", "2",
+    "--num_heads", "3", "--decoder_def#embed_dim", "24", "--decoder_def#depth", "1",
+    "--video_head_def#out_dim", "32", "--video_head_def#hidden_dim", "16",
+    "--video_head_def#bottleneck_dim", "8", "--num_prototypes", "16", "--epochs", "2",
     "--batch_size", "4", "--warmup_epochs", "1", "--val_interval", "1",
 ]  # fmt: skip
 

@@ -35,8 +35,8 @@ def agent(bundle: Path, phantom: Path, output: Path, port: int, log: Path) -> su
         "--rdzv_id=elastic", "--local_addr=127.0.0.1", "--rdzv_conf=last_call_timeout=30,join_timeout=120",
         "--monitor_interval=0.1", "-m", "monai.bundle", "run", "training",
         "--config_file", CONFIGS, *TINY, "--dataset_dir", str(phantom), "--output_dir",
-        str(output), "--mlflow", "False", "--pictures_every", "0", "--val_interval", "0",
-        "--batch_size", "2", "--epochs", str(EPOCHS), "--save_every", "1",
+        str(output), "--mlflow", "False", "--train#handlers#4#every", "0", "--val_interval", "0",
+        "--batch_size", "2", "--epochs", str(EPOCHS), "--checkpoints#save_every", "1",
     ]  # fmt: skip
     return subprocess.Popen(
         command, cwd=bundle, stdout=log.open("w"), stderr=subprocess.STDOUT,

@@ -183,7 +183,7 @@ def test_only_normal_hearts_are_trained_on_unless_asked(bundle, phantom, tmp_pat
     for flag, count in (("true", normal), ("false", len(rows))):
         done = train(
             bundle, "--dataset_dir", str(phantom), "--output_dir", str(tmp_path / flag),
-            "--normal_only", flag.capitalize(), "--epochs", "1", "--mlflow", "False",
+            "--train#dataset#data#normal_only", flag.capitalize(), "--epochs", "1", "--mlflow", "False",
         )  # fmt: skip
         assert f"Training on {count} cines" in done.stdout, done.stderr
         assert not (tmp_path / flag / "mlruns.db").exists()
@@ -231,7 +231,7 @@ def test_two_processes_train_and_stay_equal(bundle, phantom, tmp_path):
         (["--image_size", "30"], "image_size 30 is not divisible by patch_size 8: use image_size 32"),
         (["--dataset_dir", "nowhere"], "dataset_dir 'nowhere' does not exist. Check --dataset_dir"),
         (["--batch_size", "500"], "fewer clips than batch_size"),
-        (["--pad_mode", "refuse", "--num_frames", "64"], "frames, a clip needs 379. Lower num_frames"),
+        (["--clip#pad_mode", "refuse", "--num_frames", "64"], "frames, a clip needs 379. Lower num_frames"),
     ],
 )  # fmt: skip
 def test_errors_end_in_one_clear_line(bundle, phantom, tmp_path, arguments, message):

@@ -95,7 +95,7 @@ def test_pretraining_begins_with_the_file(bundle, phantom, weights, tmp_path):
     done = train(
         bundle, "--dataset_dir", str(phantom), "--output_dir", str(tmp_path), "--lr", "0.0",
         "--epochs", "1", "--warmup_epochs", "0", "--init", str(weights), "--mlflow", "False",
-        "--teacher_momentum", "[1.0,1.0]",
+        "--train#trainer#teacher_momentum#start", "1.0",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Beginning from discovr.safetensors: video_student, video_teacher, image_" in done.stdout

@@ -49,8 +49,8 @@ def every_set(tmp_path_factory):
 def test_one_training_on_cines_of_every_set(bundle, every_set, tmp_path):
     done = train(
         bundle, "--dataset_dir", str(every_set), "--datalist", str(every_set / "all.json"),
-        "--output_dir", str(tmp_path / "out"), "--normal_only", "False", "--epochs", "1",
-        "--augment", "{'rotation': 5, 'gain': 0.1, 'haze': 0.2, 'reverse': 0.5}", "--speed", "1.5",
+        "--output_dir", str(tmp_path / "out"), "--train#dataset#data#normal_only", "False", "--epochs", "1",
+        "--augmentation#strengths", "{'rotation': 5, 'gain': 0.1, 'haze': 0.2, 'reverse': 0.5}", "--sampling#speed", "1.5",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((every_set / "all.json").read_text())["training"]
@@ -71,7 +71,7 @@ def test_an_archive_is_prepared_packed_and_trained_on(bundle, every_set, tmp_pat
     for folder, window in ((out, 0), (shards, 2)):
         done = train(
             bundle, "--dataset_dir", str(folder), "--output_dir", str(tmp_path / f"t{window}"),
-            "--epochs", "1", "--shard_window", str(window),
+            "--epochs", "1", "--train#sampler#window", str(window),
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         rows = json.loads((folder / "datalist.json").read_text())["training"]

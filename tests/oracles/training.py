@@ -19,8 +19,10 @@ PRESETS = ("", "small", "paper", "tiny", *(f"baselines/{f.stem}" for f in sorted
     (CONFIGS / "baselines").glob("*.yaml"))))  # fmt: skip
 SMALL = {  # every part of a preset, at a size of seconds
     "image_size": 32, "num_frames": 4, "patch_size": 8, "embed_dim": 24, "depth": 2,
-    "num_heads": 3, "decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2,
-    "head_outputs": 40, "head_hidden": 32, "head_bottleneck": 16, "num_prototypes": 20,
+    "num_heads": 3, "decoder_def#embed_dim": 12, "decoder_def#depth": 1,
+    "decoder_def#num_heads": 2,
+    "video_head_def#out_dim": 40, "video_head_def#hidden_dim": 32,
+    "video_head_def#bottleneck_dim": 16, "num_prototypes": 20,
     "mask_ratio": 0.75, "batch_size": 3, "steps_per_epoch": 2,
 }  # fmt: skip
 
@@ -90,7 +92,7 @@ def five_steps(preset: str) -> dict[str, Any]:
         prepare_batch=lambda *arguments: prepare(*arguments).double(),
         lr=parser.get_parsed_content("train#trainer#lr"),
         teacher_momentum=parser.get_parsed_content("train#trainer#teacher_momentum"),
-        gradient_clip=parser["gradient_clip"],
+        gradient_clip=parser["train#trainer#gradient_clip"],
         diagnose_every=0,
     )
     losses: list[dict[str, float]] = []
