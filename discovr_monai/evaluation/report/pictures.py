@@ -1,14 +1,44 @@
-"""The pictures that several evaluations share, drawn once and added to the results."""
+"""The figures and pictures that several evaluations share, added to the results in one way."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from discovr_monai.base.types import DatalistRow
 from discovr_monai.evaluation.report.plots import draw_confusion, draw_map, draw_roc
 from discovr_monai.evaluation.report.results import Results
-from discovr_monai.evaluation.report.statistics import confusion
+from discovr_monai.evaluation.report.statistics import Estimate, classification_metrics, confusion
+
+
+def report_classes(
+    results: Results,
+    section: str,
+    method: str,
+    rows: Sequence[DatalistRow],
+    truth: np.ndarray,
+    scores: np.ndarray,
+    *,
+    label_fraction: float,
+    headlines: Mapping[str, str] | None,
+) -> dict[str, Estimate]:
+    """Adds the metrics and the predictions of a classification.
+
+    Args:
+        rows: of the section; truth: (M,) int classes; scores: (M, C).
+        section, method, label_fraction, headlines: see :meth:`Results.add`.
+    """
+    metrics = results.add(
+        section,
+        method,
+        rows,
+        lambda weights: classification_metrics(truth, scores, weights),
+        label_fraction=label_fraction,
+        headlines=headlines,
+    )
+    results.predict(section, method, rows, label_fraction, truth=truth, score=scores)
+    return metrics
 
 
 def show_classes(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import numpy as np
 
 from discovr_monai.evaluation.features.extract import Features, subset_by_patient
 from discovr_monai.evaluation.report.nearest import show_nearest, telling_cases, unit
-from discovr_monai.evaluation.report.pictures import show_classes, show_map
+from discovr_monai.evaluation.report.pictures import report_classes, show_classes, show_map
 from discovr_monai.evaluation.report.results import Results
-from discovr_monai.evaluation.report.statistics import classification_metrics
-from discovr_monai.evaluation.tasks.targets import class_labels
+from discovr_monai.evaluation.tasks.targets import section_labels
 
 HEADLINES = {"macro_f1": "kNN macro F1", "auroc": "kNN AUROC"}
 
@@ -24,18 +25,26 @@ def knn_scores(
     temperature: float,
     classes: int,
 ) -> np.ndarray:
-    """Share of each class in the vote of the k nearest, weighted by exp(cosine / temperature).
+    """Each class's share of the votes of the k nearest, weighted by exp(cosine / temperature).
 
-    Wu et al. 2018, as DINO and the public DISCOVR code use it.
+    This is the classifier of Wu et al. 2018, as DINO and the public DISCOVR code use it.
 
     Args:
-        bank: (M, D); labels: (M,) int; queries: (Q, D).
+        bank: (M, D) features of the labelled cines.
+        labels: (M,) int, their classes.
+        queries: (Q, D) features.
+        k: neighbours that vote, 1..M.
+        temperature: above 0.
+        classes: C, how many there are.
 
     Returns:
-        (Q, C), rows sum to 1.
+        (Q, C) shares; each row sums to 1.
 
     Raises:
         ValueError: if the bank holds fewer than k.
+
+    >>> knn_scores(np.eye(2), np.array([0, 1]), np.array([[1.0, 1.0]]), 2, 0.07, 2).tolist()
+    [[0.5, 0.5]]
     """
     if not 1 <= k <= len(bank):
         raise ValueError(
@@ -50,8 +59,9 @@ def knn_scores(
     return votes / votes.sum(1, keepdims=True)
 
 
+@dataclass(eq=False, repr=False)
 class KNN:
-    """kNN on frozen features, for each k.
+    """Classification of each test cine by its nearest labelled cines, for each k.
 
     Args:
         features: of all sections.
@@ -60,43 +70,35 @@ class KNN:
         label_key: row key of the class.
         bank: section that votes: the training section, or validation as the public code has it.
         test: sections that are classified.
-        k: neighbours, several.
-        temperature: of the vote.
+        k: numbers of neighbours; the pictures are those of the last one.
+        temperature: of the vote, above 0; the smaller, the more the nearest of them count.
         pooling: "cls", "mean", "both" or "motion"; see :class:`Section`.
         label_fractions: shares of the bank's patients, 1 among them.
-        seed: of the shares.
+        seed: of the choice of these patients.
     """
 
-    def __init__(
-        self,
-        features: Features,
-        results: Results,
-        *,
-        classes: Sequence[str],
-        label_key: str = "label",
-        bank: str = "training",
-        test: Sequence[str] = ("test",),
-        k: Sequence[int] = (1, 5, 10, 20),
-        temperature: float = 0.07,
-        pooling: str = "mean",
-        label_fractions: Sequence[float] = (1.0,),
-        seed: int = 0,
-    ) -> None:
-        if temperature <= 0:
-            raise ValueError(f"temperature {temperature} must be above 0")
-        self.features, self.results = features, results
-        self.classes, self.label_key = list(classes), label_key
-        self.bank, self.test = bank, list(test)
-        self.k, self.temperature, self.pooling = list(k), temperature, pooling
-        self.label_fractions, self.seed = list(label_fractions), seed
+    features: Features
+    results: Results
+    _: KW_ONLY
+    classes: Sequence[str]
+    label_key: str = "label"
+    bank: str = "training"
+    test: Sequence[str] = ("test",)
+    k: Sequence[int] = (1, 5, 10, 20)
+    temperature: float = 0.07
+    pooling: str = "mean"
+    label_fractions: Sequence[float] = (1.0,)
+    seed: int = 0
 
-    def run(self) -> dict:
-        """Evaluates, writes, returns the results."""
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature {self.temperature} must be above 0")
+
+    def run(self) -> dict[str, Any]:
+        """Evaluates, writes the results and returns them."""
         rows = self.features.rows
-        labels = {
-            name: class_labels(rows[name], self.label_key, self.classes, name)
-            for name in (self.bank, *self.test)
-        }
+        names = (self.bank, *self.test)
+        labels = section_labels(rows, names, self.label_key, self.classes)
         bank, voters = self.features[self.bank].pooled(self.pooling), labels[self.bank]
         for section in self.test:
             queries, truth = self.features[section].pooled(self.pooling), labels[section]
@@ -106,43 +108,37 @@ class KNN:
                     scores = knn_scores(
                         bank[kept], voters[kept], queries, k, self.temperature, len(self.classes)
                     )
-                    self._report(section, f"k={k}", scores, truth, fraction)
-                    if k == self.k[-1] and fraction == 1:
+                    shown = k == self.k[-1] and fraction == 1
+                    report_classes(
+                        self.results, section, f"k={k}", rows[section], truth, scores,
+                        label_fraction=fraction, headlines=HEADLINES if shown else None,
+                    )  # fmt: skip
+                    if shown:
                         title = f"{section}, k={k}"
                         show_classes(self.results, section, title, truth, scores, self.classes)
-                        self._nearest(section, kept, scores, labels)
+                        self._show_nearest(section, kept, scores, labels)
             show_map(self.results, section, queries, truth, self.classes, section)
         return self.results.finish()
 
-    def _report(
-        self, section: str, method: str, scores: np.ndarray, truth: np.ndarray, fraction: float
-    ) -> None:
-        rows = self.features.rows[section]
-        self.results.add(
-            section,
-            method,
-            rows,
-            lambda w: classification_metrics(truth, scores, w),
-            label_fraction=fraction,
-            headlines=HEADLINES if method == f"k={self.k[-1]}" and fraction == 1 else None,
-        )
-        self.results.predict(section, method, rows, fraction, truth=truth, score=scores)
-
-    def _nearest(
+    def _show_nearest(
         self, section: str, kept: np.ndarray, scores: np.ndarray, labels: dict[str, np.ndarray]
     ) -> None:
-        truth, said = labels[section], scores.argmax(1)
+        """Adds cines that were called rightly and wrongly beside the nearest of the bank."""
+        truth, predicted = labels[section], scores.argmax(1)
         chosen = {
             i: self.classes[truth[i]]
-            + (", called so" if said[i] == truth[i] else f", called {self.classes[said[i]]}")
+            + (
+                ", called so"
+                if predicted[i] == truth[i]
+                else f", called {self.classes[predicted[i]]}"
+            )
             for i in telling_cases(truth, scores)
         }
-        names = {
-            r["id"]: self.classes[v]
-            for r, v in zip(self.features.rows[self.bank], labels[self.bank], strict=True)
+        notes = {
+            row["id"]: self.classes[label]
+            for row, label in zip(self.features.rows[self.bank], labels[self.bank], strict=True)
         }
-        bank = (self.bank, kept)
         show_nearest(
-            self.results, self.features, (section, chosen), bank, self.pooling,
-            lambda row: names[row["id"]],
+            self.results, self.features, (section, chosen), (self.bank, kept), self.pooling,
+            lambda row: notes[row["id"]],
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from discovr_monai.evaluation.features.extract import Features, Section, subset_by_patient
 from discovr_monai.evaluation.heads.fitting import fit, scaled_groups
-from discovr_monai.evaluation.report.pictures import show_classes, show_map
+from discovr_monai.evaluation.report.pictures import report_classes, show_classes, show_map
 from discovr_monai.evaluation.report.plots import draw_learning_curve
 from discovr_monai.evaluation.report.results import Results
-from discovr_monai.evaluation.report.statistics import classification_metrics
-from discovr_monai.evaluation.tasks.targets import class_labels
+from discovr_monai.evaluation.tasks.targets import section_labels
 
 PROBES = ("logistic", "linear", "attentive")
 HEADLINES = {"macro_f1": "probe macro F1", "auroc": "probe AUROC"}
@@ -69,11 +69,13 @@ def fit_logistic(
     grid: Sequence[float],
     count: int,
 ) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
-    """Logistic regression on standardised features; C with the lowest validation log loss.
+    """Logistic regression on standardised features, with the C of the lowest validation loss.
 
     Args:
-        grid: values of C.
-        count: of classes.
+        train, validation: (M, D) features.
+        labels, validation_labels: (M,) int classes.
+        grid: values of C to choose from.
+        count: number of classes.
 
     Returns:
         (features (M, D) -> probabilities (M, C)), and the chosen C.
@@ -97,9 +99,9 @@ def fit_logistic(
 
 def _columns(model: LogisticRegression, x: np.ndarray, count: int) -> np.ndarray:
     """(M, count) probabilities; 0 for a class that was not trained on."""
-    found = np.zeros((len(x), count))
-    found[:, model.classes_] = model.predict_proba(x)
-    return found
+    probabilities = np.zeros((len(x), count))
+    probabilities[:, model.classes_] = model.predict_proba(x)
+    return probabilities
 
 
 def fit_head(
@@ -147,6 +149,7 @@ def fit_head(
     return head
 
 
+@dataclass(eq=False, repr=False)
 class LinearProbe:
     """Classification from frozen features by a small head.
 
@@ -163,68 +166,47 @@ class LinearProbe:
         seed: of initialisation, order and subsets.
     """
 
-    def __init__(
-        self,
-        features: Features,
-        results: Results,
-        *,
-        classes: Sequence[str],
-        label_key: str = "label",
-        train: str = "training",
-        validation: str = "validation",
-        test: Sequence[str] = ("test",),
-        probe: str = "logistic",
-        pooling: str = "mean",
-        label_fractions: Sequence[float] = (1.0,),
-        c: Sequence[float] = (0.001, 0.01, 0.1, 1, 10, 100),
-        epochs: int = 60,
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        batch_size: int = 64,
-        seed: int = 0,
-    ) -> None:
-        if probe not in PROBES:
-            raise ValueError(f"probe {probe!r} must be one of {', '.join(PROBES)}")
-        if probe == "attentive" and not features.keep_tokens:
-            raise ValueError("an attentive probe needs features with tokens: set tokens to true")
-        self.features, self.results = features, results
-        self.classes, self.label_key = list(classes), label_key
-        self.train, self.validation, self.test = train, validation, list(test)
-        self.probe, self.pooling = probe, pooling
-        self.label_fractions, self.c, self.seed = list(label_fractions), list(c), seed
-        self.training: dict[str, Any] = {
-            "epochs": epochs,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "batch_size": batch_size,
-        }
+    features: Features
+    results: Results
+    _: KW_ONLY
+    classes: Sequence[str]
+    label_key: str = "label"
+    train: str = "training"
+    validation: str = "validation"
+    test: Sequence[str] = ("test",)
+    probe: str = "logistic"
+    pooling: str = "mean"
+    label_fractions: Sequence[float] = (1.0,)
+    c: Sequence[float] = (0.001, 0.01, 0.1, 1, 10, 100)
+    epochs: int = 60
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    batch_size: int = 64
+    seed: int = 0
 
-    def run(self) -> dict:
-        """Evaluates, writes, returns the results."""
+    def __post_init__(self) -> None:
+        if self.probe not in PROBES:
+            raise ValueError(f"probe {self.probe!r} must be one of {', '.join(PROBES)}")
+        if self.probe == "attentive" and not self.features.keep_tokens:
+            raise ValueError("an attentive probe needs features with tokens: set tokens to true")
+
+    def run(self) -> dict[str, Any]:
+        """Evaluates, writes the results and returns them."""
         rows = self.features.rows
-        labels = {
-            name: class_labels(rows[name], self.label_key, self.classes, name)
-            for name in (self.train, self.validation, *self.test)
-        }
+        names = (self.train, self.validation, *self.test)
+        labels = section_labels(rows, names, self.label_key, self.classes)
         curves: dict[str, list] = {}
         for fraction in self.label_fractions:
             kept = subset_by_patient(rows[self.train], fraction, self.seed, labels[self.train])
             predict = self._fit(kept, labels)
             for section in self.test:
                 scores, truth = predict(self.features[section]), labels[section]
-                found = self.results.add(
-                    section,
-                    self.probe,
-                    rows[section],
-                    lambda w, t=truth, s=scores: classification_metrics(t, s, w),  # type: ignore[misc]
-                    label_fraction=fraction,
-                    headlines=HEADLINES if fraction == 1 else None,
-                )
+                metrics = report_classes(
+                    self.results, section, self.probe, rows[section], truth, scores,
+                    label_fraction=fraction, headlines=HEADLINES if fraction == 1 else None,
+                )  # fmt: skip
                 for name in ("macro_f1", "auroc"):
-                    curves.setdefault(f"{section}, {name}", []).append(found[name])
-                self.results.predict(
-                    section, self.probe, rows[section], fraction, truth=truth, score=scores
-                )
+                    curves.setdefault(f"{section}, {name}", []).append(metrics[name])
                 if fraction == 1:
                     show_classes(self.results, section, section, truth, scores, self.classes)
                     features = self.features[section].pooled(self.pooling)
@@ -242,29 +224,31 @@ class LinearProbe:
         return section.tokens
 
     def _fit(self, kept: np.ndarray, labels: dict[str, np.ndarray]) -> Predictor:
-        x = self._inputs(self.features[self.train])[kept]
-        y = labels[self.train][kept]
-        held = self._inputs(self.features[self.validation])
+        """Trains on the ``kept`` rows of the training section."""
+        x, y = self._inputs(self.features[self.train])[kept], labels[self.train][kept]
+        held, held_labels = self._inputs(self.features[self.validation]), labels[self.validation]
         if self.probe == "logistic":
-            model, chosen = fit_logistic(
-                x, y, held, labels[self.validation], self.c, len(self.classes)
-            )
-            self.results.facts.setdefault("chosen_c", []).append(chosen)
+            model, c = fit_logistic(x, y, held, held_labels, self.c, len(self.classes))
+            self.results.facts.setdefault("chosen_c", []).append(c)
             return lambda section: model(self._inputs(section))
+        device = self.features.encoder.device
         torch.manual_seed(self.seed)
         kind = LinearHead if self.probe == "linear" else AttentiveHead
         head = fit_head(
             kind(x.shape[-1], len(self.classes)),
             (torch.from_numpy(x), torch.from_numpy(y)),
-            (torch.from_numpy(held), torch.from_numpy(labels[self.validation])),
+            (torch.from_numpy(held), torch.from_numpy(held_labels)),
+            epochs=self.epochs,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            batch_size=self.batch_size,
             seed=self.seed,
-            device=self.features.encoder.device,
-            **self.training,
+            device=device,
         )
 
         @torch.no_grad()
         def predict(section: Section) -> np.ndarray:
-            inputs = torch.from_numpy(self._inputs(section)).to(self.features.encoder.device)
+            inputs = torch.from_numpy(self._inputs(section)).to(device)
             logits = torch.cat([head(part) for part in inputs.split(256)])
             return logits.softmax(-1).cpu().numpy()
 

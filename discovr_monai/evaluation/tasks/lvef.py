@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from torch.utils.data import DataLoader
 from discovr_monai.base.types import DatalistRow
 from discovr_monai.data.clips.dataset import ClipDataset, EpochSampler
 from discovr_monai.data.lists.split import patient_order
-from discovr_monai.evaluation.features.encoders import PLACES, FrozenEncoder, pool_tokens, pooled
+from discovr_monai.evaluation.features.encoders import FrozenEncoder
 from discovr_monai.evaluation.features.extract import Features, patients_of, subset_by_patient
-from discovr_monai.evaluation.heads.fitting import fit, last_blocks, scaled_groups
+from discovr_monai.evaluation.heads.fitting import fit
+from discovr_monai.evaluation.heads.regressor import Regressor
 from discovr_monai.evaluation.heads.saved import (
     EFHead,
     check_all_labels,
@@ -66,49 +66,6 @@ def fit_ridge(
     weight = model.coef_ / scaler.scale_
     bias = float(model.intercept_ - weight @ scaler.mean_)
     return weight, bias, float(model.alpha_)
-
-
-class Regressor(nn.Module):
-    """An encoder whose last blocks are trained, then a layer norm and one linear output.
-
-    Args:
-        encoder: is copied, so that the evaluated one stays as it is.
-        blocks: how many last blocks are trained.
-        pooling: "cls", "mean", "both" or "motion"; see :class:`Section`.
-        mean, spread: mean and standard deviation of the training values; untrained, the network
-            predicts the mean.
-        layer_decay, weight_decay: see :func:`last_blocks`.
-    """
-
-    def __init__(
-        self,
-        encoder: FrozenEncoder,
-        blocks: int,
-        pooling: str,
-        mean: float,
-        spread: float,
-        *,
-        layer_decay: float,
-        weight_decay: float,
-    ) -> None:
-        super().__init__()
-        self.encoder = copy.deepcopy(encoder)
-        self.pooling, self.mean, self.spread = pooling, mean, spread
-        places = min(encoder.grid[1], PLACES) * min(encoder.grid[2], PLACES)
-        width = encoder.token_dim * {"both": 2, "motion": places}.get(pooling, 1)
-        last = nn.Linear(width, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.head = nn.Sequential(nn.LayerNorm(width), last)
-        self.groups = last_blocks(
-            self.encoder.encoder, blocks, layer_decay=layer_decay, weight_decay=weight_decay
-        ) + scaled_groups(self.head, 1.0, weight_decay)
-
-    def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B,) values in the labels' unit."""
-        tokens = self.encoder(clip)  # (B, g, 1 + n, d)
-        x = pooled(pool_tokens(tokens, self.encoder.grid), self.pooling)
-        return self.mean + self.spread * self.head(x)[:, 0]
 
 
 def halves_by_patient(

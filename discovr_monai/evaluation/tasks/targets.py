@@ -1,8 +1,8 @@
-"""Labels of datalist rows, checked: one clear sentence for what is wrong with them."""
+"""What the tasks predict, read from the datalist's rows and checked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +10,11 @@ from discovr_monai.base.types import DatalistRow
 
 
 def values_of(rows: Sequence[DatalistRow], key: str, section: str, remedy: str) -> list:
-    """Every row's ``key``.
+    """The values that the rows hold under a key.
+
+    Args:
+        section: of the rows, for the error.
+        remedy: what to do where values are missing, for the error.
 
     Raises:
         ValueError: if a row has none.
@@ -27,40 +31,53 @@ def values_of(rows: Sequence[DatalistRow], key: str, section: str, remedy: str) 
 def class_labels(
     rows: Sequence[DatalistRow], key: str, classes: Sequence[str], section: str
 ) -> np.ndarray:
-    """(M,) int classes; rows may hold the number of a class or its name.
+    """(M,) int classes; a row may hold the number of its class or its name.
 
     Raises:
-        ValueError: without labels, with an unknown one, or with one class only.
+        ValueError: if a row has no label or an unknown one, or all are of one class.
+
+    >>> class_labels([{"label": 1}, {"label": "normal"}], "label", ["normal", "sick"], "test")
+    array([1, 0])
     """
     if len(classes) < 2:
         raise ValueError(f"classes {list(classes)} must name at least two")
-    given = values_of(rows, key, section, "Add labels to the datalist, or set label_key")
+    values = values_of(rows, key, section, "Add labels to the datalist, or set label_key")
     names = {str(name): number for number, name in enumerate(classes)}
-    out = np.zeros(len(rows), int)
-    for i, value in enumerate(given):
+    labels = np.zeros(len(rows), int)
+    for i, value in enumerate(values):
         number = names.get(str(value), value)
         if not isinstance(number, int) or not 0 <= number < len(classes):
             raise ValueError(
                 f"{rows[i]['image']}: {key} {value!r} is none of the classes {list(classes)}. "
                 "Name it under classes in the config, or correct the datalist"
             )
-        out[i] = number
-    if len(np.unique(out)) < 2:
+        labels[i] = number
+    if len(np.unique(labels)) < 2:
         raise ValueError(
-            f"section {section!r} holds only class {classes[out[0]]!r} ({len(rows)} rows): nothing "
-            "can be told apart. Use a datalist with all classes in each section"
+            f"section {section!r} holds only class {classes[labels[0]]!r} ({len(rows)} rows): "
+            "nothing can be told apart. Use a datalist with all classes in each section"
         )
-    return out
+    return labels
+
+
+def section_labels(
+    rows: Mapping[str, Sequence[DatalistRow]],
+    sections: Sequence[str],
+    key: str,
+    classes: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """Section -> :func:`class_labels` of its rows."""
+    return {name: class_labels(rows[name], key, classes, name) for name in sections}
 
 
 def ejection_fractions(rows: Sequence[DatalistRow], key: str, section: str) -> np.ndarray:
-    """(M,) float percent.
+    """(M,) float ejection fractions in percent.
 
     Raises:
         ValueError: without a value, or with one outside 0..100.
     """
-    given = values_of(rows, key, section, "Add it to the datalist, or set label_key")
-    for row, value in zip(rows, given, strict=True):
+    values = values_of(rows, key, section, "Add it to the datalist, or set label_key")
+    for row, value in zip(rows, values, strict=True):
         try:
             good = 0 <= float(value) <= 100
         except (TypeError, ValueError):
@@ -70,4 +87,4 @@ def ejection_fractions(rows: Sequence[DatalistRow], key: str, section: str) -> n
                 f"{row['image']}: {key} {value!r} is no ejection fraction in percent (0 to 100). "
                 "Correct the datalist"
             )
-    return np.array([float(v) for v in given])
+    return np.array([float(v) for v in values])
