@@ -66,7 +66,7 @@ def measure(size: str, batch: int, rounds: int, device: torch.device, quick: boo
             took = seconds(run, clip, bf16)
             if number:  # the first round warms up
                 times[name].append(took)
-    flops = operations_of(network, batch, network.num_tokens, element=4, train=False).matrix
+    flops = operations_of(network, batch, network.num_tokens, train=False)
     rows = []
     for name in ways:
         precision = name.split()[1]

@@ -1,4 +1,4 @@
-"""The machine's peaks, and the time of each part of our step by itself."""
+"""The machine's peak, and the time of each part of our step by itself."""
 
 from __future__ import annotations
 
@@ -34,18 +34,6 @@ def matrix_peak(precision: str, device: torch.device, *, quick: bool = False) ->
             a @ b
             seconds = now(device) - start
             best = max(best, 2.0 * m * k * n * scale**3 / seconds)
-    return best
-
-
-def bandwidth(device: torch.device, *, quick: bool = False) -> float:
-    """Bytes/s of a copy (read and written) of an array far larger than any cache."""
-    a = torch.zeros(2**20 if quick else 2**28, device=device)
-    b = torch.zeros_like(a)
-    best = 0.0
-    for _ in range(5):
-        start = now(device)
-        b.copy_(a)
-        best = max(best, 2.0 * a.numel() * a.element_size() / (now(device) - start))
     return best
 
 

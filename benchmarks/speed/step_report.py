@@ -15,35 +15,30 @@ GIB = 2**30
 def tables(bench: dict[str, Any]) -> str:
     """Markdown: the machine, the ratios, the shares of the peak, the parts, the options."""
     lines = _machine(bench)
-    for size, found in bench["sizes"].items():
-        lines += ["", f"### ViT-{size}, batch {bench['batch']}", "", *_ratios(found)]
-        for precision, parts in found["parts"].items():
-            lines += ["", *_parts(precision, found, parts)]
-        if "options" in found:
-            lines += ["", *_options(found)]
+    for size, figures in bench["sizes"].items():
+        lines += ["", f"### ViT-{size}, batch {bench['batch']}", "", *_ratios(figures)]
+        for precision, parts in figures["parts"].items():
+            lines += ["", *_parts(precision, parts)]
+        if "options" in figures:
+            lines += ["", *_options(figures)]
     return "\n".join(lines)
 
 
 def option_tables(bench: dict[str, Any]) -> str:
     """Markdown: the machine, and the options of each size."""
     lines = _machine(bench)
-    for size, found in bench["sizes"].items():
-        lines += ["", f"### Options of ViT-{size}, batch {bench['batch']}", "", *_options(found)]
+    for size, figures in bench["sizes"].items():
+        lines += ["", f"### Options of ViT-{size}, batch {bench['batch']}", "", *_options(figures)]
     return "\n".join(lines)
 
 
 def _machine(bench: dict[str, Any]) -> list[str]:
     about, peaks = bench["machine"], bench["peaks"]
     where = about["gpu"] or f"{about['cpu']}{' with AMX' if about['amx'] else ''}"
-    rates = [
-        f"{key.removeprefix('matrix_')} {value / 1e9:,.0f} Gflop/s"
-        for key, value in peaks.items()
-        if key.startswith("matrix_")
-    ]
+    rates = [f"{precision} {rate / 1e9:,.0f} Gflop/s" for precision, rate in peaks.items()]
     lines = [
         f"{where}, {about['threads']} threads, PyTorch {about['torch']}, {bench['date']}; "
-        f"{bench['repeats']} rounds. Best matrix product of the same run: {', '.join(rates)}; "
-        f"copying: {peaks['bandwidth'] / 1e9:.1f} GB/s."
+        f"{bench['repeats']} rounds. Best matrix product of the same run: {', '.join(rates)}."
     ]
     if bench["quick"]:
         lines.append("\n**--quick: tiny sizes. These figures mean nothing.**")
@@ -54,35 +49,32 @@ def _times(value: float, bounds: list[float]) -> str:
     return f"{value:.2f} [{bounds[0]:.2f}, {bounds[1]:.2f}]"
 
 
-def _ratios(found: dict[str, Any]) -> list[str]:
+def _ratios(figures: dict[str, Any]) -> list[str]:
     rows = ["| plain / ours | median [lowest, highest] |", "| --- | --- |"]
     for key, label in (
         ("ratio_fp32", "time, both fp32"),
         ("ratio_bf16", "time, both bf16"),
         ("ratio_plain_fp32_to_ours_bf16", "time, plain fp32 to ours bf16"),
     ):
-        if key in found:
-            rows.append(f"| {label} | {_times(found[key], found[f'{key}_spread'])} |")
-    memory = found["memory_bytes"]
-    for precision in found["parts"]:
+        if key in figures:
+            rows.append(f"| {label} | {_times(figures[key], figures[f'{key}_spread'])} |")
+    memory = figures["memory_bytes"]
+    for precision in figures["parts"]:
         ours, plain = (memory[f"{name}_{precision}"] / GIB for name in ("ours", "plain"))
-        ratio = found[f"memory_ratio_{precision}"]
+        ratio = figures[f"memory_ratio_{precision}"]
         rows.append(
             f"| peak memory, {precision} | {ratio:.2f} ({plain:.2f} GiB to {ours:.2f} GiB) |"
         )
-    rows += ["", "| ours | seconds a step | share of the matrix peak | floor, seconds |"]
-    rows.append("| --- | --- | --- | --- |")
-    for precision in found["parts"]:
-        spent = found["seconds"][f"ours_{precision}"]
+    rows += ["", "| ours | seconds a step | share of the matrix peak |"]
+    rows.append("| --- | --- | --- |")
+    for precision in figures["parts"]:
+        spent = figures["seconds"][f"ours_{precision}"]
         seconds = f"{spent['median']:.2f} [{spent['lowest']:.2f}, {spent['highest']:.2f}]"
-        share = 100 * found[f"share_of_peak_{precision}"]
-        low, high = (100 * x for x in found[f"share_of_peak_{precision}_spread"])
-        floor = found[f"floor_seconds_{precision}"]
-        rows.append(
-            f"| {precision} | {seconds} | {share:.0f} % [{low:.0f}, {high:.0f}] | {floor:.2f} |"
-        )
-    if "equal" in found:
-        equal = found["equal"]
+        share = 100 * figures[f"share_of_peak_{precision}"]
+        low, high = (100 * x for x in figures[f"share_of_peak_{precision}_spread"])
+        rows.append(f"| {precision} | {seconds} | {share:.0f} % [{low:.0f}, {high:.0f}] |")
+    if "equal" in figures:
+        equal = figures["equal"]
         rows += [
             "",
             f"The same step in both formulations (fp32): the loss differs by {equal['loss']:.1e}, "
@@ -92,36 +84,32 @@ def _ratios(found: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _parts(precision: str, found: dict[str, Any], parts: dict[str, Any]) -> list[str]:
+def _parts(precision: str, parts: dict[str, Any]) -> list[str]:
     rows = [
-        f"| part, {precision} | seconds | of the step | Gflop | GB | of the peak | floor, s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| part, {precision} | seconds | of the step | Gflop | of the peak |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, part in parts.items():
-        row = f"| {name} | {part['seconds']:.3f} | {100 * part['share_of_step']:.0f} % |"
-        if "matrix" in part:
-            share = f"{100 * part['share_of_peak']:.0f} %" if part["matrix"] else ""
-            row += (
-                f" {part['matrix'] / 1e9:.1f} | {part['bytes'] / 1e9:.2f} | {share} |"
-                f" {part['floor_seconds']:.3f} |"
-            )
-        else:
-            row += " | | | |"
-        rows.append(row)
+        counted = ["", ""]
+        if "operations" in part:
+            share = 100 * part["share_of_peak"]
+            counted = [f"{part['operations'] / 1e9:.1f}", f"{share:.0f} %"]
+        time = f"{part['seconds']:.3f} | {100 * part['share_of_step']:.0f} %"
+        rows.append(f"| {name} | {time} | {' | '.join(counted)} |")
     return rows
 
 
-def _options(found: dict[str, Any]) -> list[str]:
+def _options(figures: dict[str, Any]) -> list[str]:
     rows = [
         "| option | operations a clip | precision | seconds a clip, without | with "
         "| without / with | memory, without / with | first two steps, s |",
         f"| --- |{' --- |' * 7}",
     ]
-    for name, option in found["options"].items():
+    for name, option in figures["options"].items():
         for precision, memory in option["memory_bytes"].items():
             without, used = (s["median"] for s in option["seconds_per_clip"][precision])
             ratio = _times(option[f"ratio_{precision}"], option[f"ratio_{precision}_spread"])
-            held = found["memory_bytes"][f"ours_{precision}"] / memory
+            held = figures["memory_bytes"][f"ours_{precision}"] / memory
             first = " to ".join(f"{s:.1f}" for s in option["first_steps"][precision])
             rows.append(
                 f"| {name} | {100 * option['operations']:.0f} % | {precision} | {without:.2f} "

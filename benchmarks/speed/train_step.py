@@ -30,7 +30,7 @@ from typing import Any
 import operations
 import torch
 from step_memory import KNOWN, memory_ratios, peak_of, settings_of
-from step_parts import bandwidth, matrix_peak, time_parts
+from step_parts import matrix_peak, time_parts
 from step_report import option_tables, tables
 from step_setup import SIZES, build, difference, now, step
 
@@ -41,7 +41,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from shared import busy_cores, write_between_markers
 
 DOCS = Path(__file__).parents[2] / "docs" / "performance.md"
-PRECISIONS = {"fp32": 4, "bf16": 2}  # bytes of an activation
+PRECISIONS = ("fp32", "bf16")
 FORMULATIONS = ("ours", "plain")
 Seconds = dict[str, list[float]]
 
@@ -62,7 +62,7 @@ def main() -> None:
     common = {"batch": options.batch, "quick": options.quick, "device": str(device)}
     for size in options.sizes:
         memory = memory_ratios(size, options.precisions, common)
-        bench["peaks"] = peaks(options.precisions, device, options.quick, bench.get("peaks"))
+        bench["peaks"] = peaks(options.precisions, device, options.quick, bench.get("peaks", {}))
         bench["sizes"][size] = measure(size, options, common, bench["peaks"]) | memory
         save(bench, file)
         for option in options.options:
@@ -82,8 +82,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    precisions = list(PRECISIONS)
-    parser.add_argument("--precisions", nargs="+", default=precisions, choices=precisions)
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
     parser.add_argument("--batch", type=int, default=2, help="clips; 48 suits a large GPU")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -133,12 +132,10 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def peaks(
-    precisions: list[str], device: torch.device, quick: bool, before: dict[str, float] | None
+    precisions: list[str], device: torch.device, quick: bool, before: dict[str, float]
 ) -> dict[str, float]:
-    """Operations/s by precision and bytes/s, the best that this run has seen."""
-    found = {f"matrix_{p}": matrix_peak(p, device, quick=quick) for p in precisions}
-    found["bandwidth"] = bandwidth(device, quick=quick)
-    return {k: max(v, (before or {}).get(k, 0.0)) for k, v in found.items()}
+    """Precision -> operations/s of the best matrix product that this run has seen."""
+    return {p: max(matrix_peak(p, device, quick=quick), before.get(p, 0.0)) for p in precisions}
 
 
 def measure(
@@ -216,8 +213,8 @@ def agreement(
     }
 
 
-def count(trainer: DiscovrTrainer, precision: str, batch: int) -> dict[str, operations.Count]:
-    """What a step of this trainer needs."""
+def count(trainer: DiscovrTrainer, batch: int) -> dict[str, float]:
+    """Part -> operations of matrix products that a step of this trainer needs."""
     cluster = trainer.loss_function.terms["cluster"]
     network = unwrap(trainer.network)
     return operations.step(
@@ -226,7 +223,6 @@ def count(trainer: DiscovrTrainer, precision: str, batch: int) -> dict[str, oper
         trainer.masking.num_views,
         trainer.masking.ratio,
         cluster.iterations,  # type: ignore[arg-type]
-        element=PRECISIONS[precision],
         teacher_tokens=trainer.masking.teacher_tokens(network.video_student.num_tokens),
     )
 
@@ -238,18 +234,15 @@ def shares(
     seconds: list[float],
     peak: dict[str, float],
 ) -> dict[str, Any]:
-    """Of the matrix peak, over the whole step; and the floor."""
-    needed = count(trainer, precision, options.batch)
-    matrix, best = operations.total(needed).matrix, peak[f"matrix_{precision}"]
-    floor = sum(part.seconds(best, peak["bandwidth"]) for part in needed.values())
+    """Of the matrix peak, over the whole step."""
+    needed, best = sum(count(trainer, options.batch).values()), peak[precision]
     return {
-        "operations": matrix,
-        f"share_of_peak_{precision}": matrix / statistics.median(seconds) / best,
+        "operations": needed,
+        f"share_of_peak_{precision}": needed / statistics.median(seconds) / best,
         f"share_of_peak_{precision}_spread": [
-            matrix / max(seconds) / best,
-            matrix / min(seconds) / best,
+            needed / max(seconds) / best,
+            needed / min(seconds) / best,
         ],
-        f"floor_seconds_{precision}": floor,
     }
 
 
@@ -262,19 +255,14 @@ def part_rows(
     whole: dict[str, float],
 ) -> dict[str, dict[str, float]]:
     """Each part by itself, and what the whole step takes beyond them ("the rest")."""
-    needed = count(trainer, precision, options.batch)
+    needed = count(trainer, options.batch)
     rows = {}
     spent = time_parts(trainer, batch, max(2, options.repeats // 2))
-    for name, part in needed.items():
-        rows[name] = {
-            "seconds": spent[name],
-            "share_of_step": spent[name] / whole["median"],
-            "matrix": part.matrix,
-            "other": part.other,
-            "bytes": part.bytes,
-            "share_of_peak": part.matrix / spent[name] / peak[f"matrix_{precision}"],
-            "floor_seconds": part.seconds(peak[f"matrix_{precision}"], peak["bandwidth"]),
-        }
+    for name, seconds in spent.items():
+        rows[name] = {"seconds": seconds, "share_of_step": seconds / whole["median"]}
+        if name in needed:
+            rate = needed[name] / seconds
+            rows[name] |= {"operations": needed[name], "share_of_peak": rate / peak[precision]}
     rest = whole["median"] - sum(spent.values())
     rows["the rest"] = {"seconds": rest, "share_of_step": rest / whole["median"]}
     return rows
@@ -294,8 +282,7 @@ def measure_option(
     clips = common["batch"], common["batch"] * times
     pair = build(size, **common), build(size, **settings, **common | {"batch": clips[1]})
     needed = [
-        operations.total(count(trainer, "fp32", b)).matrix / b
-        for (trainer, _), b in zip(pair, clips, strict=True)
+        sum(count(trainer, b).values()) / b for (trainer, _), b in zip(pair, clips, strict=True)
     ]
     found: dict[str, Any] = {"operations": needed[1] / needed[0]}
     found |= {"memory_bytes": {}, "seconds_per_clip": {}, "first_steps": {}}

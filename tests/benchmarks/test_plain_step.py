@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -125,8 +124,8 @@ def test_plain_is_plain():
     assert flags == {(False, False)}
 
 
-def needed(trainer, precision="fp32", batch=2):
-    return train_step.count(trainer, precision, batch)
+def needed(trainer, batch=2):
+    return train_step.count(trainer, batch)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -143,8 +142,7 @@ def needed(trainer, precision="fp32", batch=2):
 def test_the_counter_agrees_with_torch_on_the_real_step(precision, options):
     trainer, batch = build("S", quick=True, precision=precision, batch=3, **options)
     seen = operations.counted(lambda: step(trainer, batch))
-    total = operations.total(needed(trainer, precision, 3))
-    assert total.matrix == pytest.approx(seen, rel=0.02)
+    assert sum(needed(trainer, 3).values()) == pytest.approx(seen, rel=0.02)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3])
@@ -152,11 +150,9 @@ def test_the_counter_agrees_on_each_part(share):
     trainer, batch = build("S", quick=True, teacher_keep=share)
     calls = step_parts.parts(trainer, batch)
     parts = needed(trainer)
-    assert calls.keys() == parts.keys()
+    assert calls.keys() >= parts.keys()
     for name, call in calls.items():
-        assert parts[name].matrix == pytest.approx(operations.counted(call), rel=0.02), name
-        assert parts[name].bytes > 0
-        assert parts[name].other > 0 or name == "prototypes"
+        assert parts.get(name, 0) == pytest.approx(operations.counted(call), rel=0.02), name
 
 
 def test_recomputation_repeats_the_blocks_that_train_and_is_not_counted_as_needed():
@@ -171,11 +167,10 @@ def test_recomputation_repeats_the_blocks_that_train_and_is_not_counted_as_neede
     last = 0.0
     for block, x, *cls_only in seen:
         (sequences, tokens, width), cls = x.shape, cls_only[0] if cls_only else 0
-        sizes = {"element": 4, "train": False, "cls_only": cls}
-        forward += operations.blocks([block], sequences, tokens, **sizes).matrix
+        forward += operations.blocks([block], sequences, tokens, train=False, cls_only=cls)
         rows = sequences * tokens - cls * (tokens - 1)
         last += 2.0 * rows * width * block.mlp.fc1.out_features
-    total = operations.total(parts).matrix
+    total = sum(parts.values())
     assert found == pytest.approx(total + forward - last, rel=0.005)  # a block's last is not needed
 
 
@@ -195,25 +190,10 @@ def test_plain_does_only_the_named_work_more():
             masked = encoder.grid[0] * hidden * sequences * views
             extra += 2 * 2.0 * masked * encoder.patch_embed.in_features * encoder.embed_dim
         visible = encoder.grid[0] * (grid - hidden)
-        whole = operations.encoder(encoder, views * sequences, visible, element=4, train=student)
-        extra += whole.matrix - parts[name.replace("student", "students").replace("_", " ")].matrix
+        whole = operations.encoder(encoder, views * sequences, visible, train=student)
+        extra += whole - parts[name.replace("student", "students").replace("_", " ")]
     seen = operations.counted(lambda: step(plain, batch))
-    assert seen == pytest.approx(operations.total(parts).matrix + extra, rel=1e-6)
-
-
-def test_bf16_moves_fewer_bytes_and_the_same_products():
-    trainer, _ = build("S", quick=True)
-    wide, narrow = needed(trainer), needed(trainer, "bf16")
-    for name, part in wide.items():
-        assert part.matrix == narrow[name].matrix
-        assert narrow[name].bytes <= part.bytes
-    assert narrow["optimiser"] == wide["optimiser"]
-
-
-def test_the_floor_is_the_slower_of_products_and_traffic():
-    part = operations.Count(matrix=100.0, bytes=10.0)
-    assert part.seconds(peak=50.0, bandwidth=10.0) == 2.0
-    assert dataclasses.replace(part, bytes=40.0).seconds(peak=50.0, bandwidth=10.0) == 4.0
+    assert seen == pytest.approx(sum(parts.values()) + extra, rel=1e-6)
 
 
 def test_a_quick_run_writes_every_key(tmp_path):
@@ -230,7 +210,8 @@ def test_a_quick_run_writes_every_key(tmp_path):
         assert 0 < low <= found[key] <= high
     for precision in ("fp32", "bf16"):
         assert found[f"share_of_peak_{precision}"] > 0  # of a timed peak: above 1 under load
-        assert found["parts"][precision].keys() == {*needed(build("S", quick=True)[0]), "the rest"}
+        parts = found["parts"][precision]
+        assert {*needed(build("S", quick=True)[0]), "data", "losses", "the rest"} <= parts.keys()
     assert found["memory_ratio"] > 0
     assert found["equal"]["gradient"] < 1e-5
     assert "--quick: tiny sizes. These figures mean nothing." in done.stdout
