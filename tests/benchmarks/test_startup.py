@@ -22,7 +22,7 @@ from discovr_monai.base.tracking import artifacts_place, make_store, store_file
 from discovr_monai.data.clips.transforms import LoadCined
 from discovr_monai.data.lists import scan
 from discovr_monai.data.lists.datalist import load_rows
-from discovr_monai.data.lists.scan import check_all
+from discovr_monai.data.lists.scan import examine_files
 from discovr_monai.data.read.store import CineStore
 from discovr_monai.training.mlflow_handler import Tracking
 from discovr_monai.training.pictures import save_animation
@@ -110,7 +110,7 @@ def test_processes_that_read_cines_do_not_import_monai(listed, tmp_path, monkeyp
         scan, "run_isolated", lambda function, jobs, **_: given.append(function) or iter(())
     )
     loader = LoadCined(root=listed, size=16, store=CineStore(tmp_path / "store"), color=True)
-    assert not list(check_all(["0.avi"] * 64, loader, b"salt", workers=2, quiet=True))
+    assert not list(examine_files(["0.avi"] * 64, loader, b"salt", workers=2, quiet=True))
     code = "import pickle, sys; check = pickle.loads(bytes.fromhex(sys.argv[1])); kind = check('0.avi')['bad'][0]; print([kind, check.keywords['loader'].size, check.keywords['loader'].color, 'monai' in sys.modules])"
     assert run(code, pickle.dumps(given[0]).hex()) == "['unreadable', 16, True, False]"
 

@@ -67,8 +67,8 @@ def test_a_mixed_folder(folder, tmp_path, capsys):
 def test_a_second_scan_decodes_nothing_but_what_changed(folder, tmp_path, monkeypatch):
     scan(folder, tmp_path)
     seen = []
-    original = module.check_file
-    monkeypatch.setattr(module, "check_file", lambda n, *a: seen.append(n) or original(n, *a))
+    original = module.examine_file
+    monkeypatch.setattr(module, "examine_file", lambda n, *a: seen.append(n) or original(n, *a))
     scan(folder, tmp_path)
     assert not seen
     write_video(folder / "a.avi", moving_blob(25))

@@ -58,6 +58,12 @@ class Settings:
     patient_from: str
     salt: bytes
 
+    def __post_init__(self) -> None:
+        if self.patient_from not in ("file", "folder"):
+            raise ValueError(f"patient_from {self.patient_from!r} must be 'file' or 'folder'")
+        if not 16 <= self.size <= 1024:
+            raise ValueError(f"size {self.size} must lie in 16..1024 pixels")
+
 
 def prepare(
     source: str | Path,
@@ -76,10 +82,10 @@ def prepare(
 ) -> Counter:
     """Prepares every file below a folder; goes on where an earlier call was stopped.
 
-    Writes ``out``/cines/xx/ID.npy ((T, size, size) uint8, sector only), ``out``/datalist.json,
-    ``out``/verdicts.csv (ids and reasons), with ``dicom`` ``out``/dicom/xx/ID.dcm; in ``private``
-    the journal, bad_files.csv (relative names) and the encrypted manifest. Files that did not
-    change since the last call are not read again.
+    ``out`` gets cines/xx/ID.npy ((T, size, size) uint8, sector only), datalist.json, verdicts.csv
+    (ids and reasons) and with ``dicom`` dicom/xx/ID.dcm. ``private`` gets the journal,
+    bad_files.csv (relative names) and the encrypted manifest. Files that did not change since the
+    last call are not read again.
 
     Args:
         source: DICOM, AVI, MP4, ... at any depth; never written to.
@@ -101,10 +107,6 @@ def prepare(
     source, out = Path(source), Path(out)
     private = Path(private) if private is not None else out.with_name(f"{out.name}-private")
     _check_folders(source, out, private)
-    if patient_from not in ("file", "folder"):
-        raise ValueError(f"patient_from {patient_from!r} must be 'file' or 'folder'")
-    if not 16 <= size <= 1024:
-        raise ValueError(f"size {size} must lie in 16..1024 pixels")
     settings = Settings(source, out, size, dicom, patient_from, load_salt(salt_file))
     private.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _only_one(private):
@@ -112,15 +114,8 @@ def prepare(
         files = sorted(walk(source))
         if not files:
             raise ValueError(f"{source.name!r} is empty: there is nothing to prepare")
-        known = read_journal(private / JOURNAL)
-        done: dict[str, dict[str, Any]] = {}
-        todo = []
-        for name in files:
-            entry = known.get(_file_id(name, settings.salt))
-            if entry is not None and _still_valid(entry, name, settings):
-                done[name] = entry
-            else:
-                todo.append(name)
+        done = _done_before(files, settings, private)
+        todo = [name for name in files if name not in done]
         with tqdm(total=len(files), initial=len(done), desc="preparing", unit="file",
                   disable=not progress) as bar:  # fmt: skip
             for name, entry in _run(todo, settings, private, workers, timeout):
@@ -143,17 +138,17 @@ def reidentify(
     if not path.is_file():
         raise ValueError(f"{path.parent.name!r} holds no {MANIFEST}")
     box = Fernet(_key(load_salt(salt_file)))
-    found: dict[str, dict[str, str]] = {}
+    entries: dict[str, dict[str, str]] = {}
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines):
         try:
             entry = json.loads(box.decrypt(line))
         except (InvalidToken, ValueError):
-            if number == len(lines) - 1 and found:
+            if number == len(lines) - 1 and entries:
                 continue  # cut short when the job was killed; the file was done again
             raise ValueError(f"{MANIFEST} was made with another salt") from None
-        found[entry["id"]] = entry
-    yield from found.values()
+        entries[entry["id"]] = entry
+    yield from entries.values()
 
 
 # ---- one file ----------------------------------------------------------------------------
@@ -272,12 +267,12 @@ def _claim(out: Path, settings: Settings) -> None:
         "salt": salted_id("which salt", settings.salt, 12),  # as it always was: this is no id
     }  # fmt: skip
     if stamp.is_file():
-        found = json.loads(stamp.read_text())
-        different = [k for k in wanted if found.get(k) != wanted[k]]
+        earlier = json.loads(stamp.read_text())
+        different = [k for k in wanted if earlier.get(k) != wanted[k]]
         if different:
             raise ValueError(
                 f"{out.name!r} was prepared with another {different[0]} "
-                f"({found.get(different[0])}, not {wanted[different[0]]}). Name another folder"
+                f"({earlier.get(different[0])}, not {wanted[different[0]]}). Name another folder"
             )
         for left in [*out.glob("cines/*/.*.tmp"), *out.glob("dicom/*/.*.tmp")]:
             left.unlink(missing_ok=True)
@@ -300,6 +295,15 @@ def _still_valid(entry: dict[str, Any], name: str, settings: Settings) -> bool:
     except OSError:
         return False
     return "row" not in entry or (settings.out / entry["row"]["image"]).is_file()
+
+
+def _done_before(
+    files: Sequence[str], settings: Settings, private: Path
+) -> dict[str, dict[str, Any]]:
+    """The journal's entries of files that have not changed since."""
+    journal = read_journal(private / JOURNAL)
+    entries = {name: journal.get(_file_id(name, settings.salt)) for name in files}
+    return {n: e for n, e in entries.items() if e is not None and _still_valid(e, n, settings)}
 
 
 def _run(

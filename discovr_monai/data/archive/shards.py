@@ -72,7 +72,7 @@ def _plan(
     sections: dict[str, list[DatalistRow]], frames: int, seed: int
 ) -> list[tuple[str, str, list[DatalistRow]]]:
     """(section, shard's name, rows) for every shard."""
-    found = []
+    plan = []
     for number, (section, rows) in enumerate(sections.items()):
         order = np.random.default_rng([seed, number]).permutation(len(rows))
         part: list[DatalistRow] = []
@@ -83,8 +83,8 @@ def _plan(
                 part = []
             part.append(row)
         parts += [part] if part else []
-        found += [(section, f"{section}-{i:06d}.npy", p) for i, p in enumerate(parts)]
-    return found
+        plan += [(section, f"{section}-{i:06d}.npy", p) for i, p in enumerate(parts)]
+    return plan
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import inspect
 import json
 import pkgutil
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,7 @@ from discovr_monai.base.tables import write_table
 from discovr_monai.base.types import CineError, DatalistRow
 from discovr_monai.data import adapters
 from discovr_monai.data.lists.datalist import summary
-from discovr_monai.data.lists.scan import check_all
+from discovr_monai.data.lists.scan import examine_files
 from discovr_monai.data.lists.split import SplitSettings, keep_patients_apart
 from discovr_monai.data.read.kinds import file_below
 from discovr_monai.data.read.loader import CineLoader
@@ -28,14 +29,14 @@ from discovr_monai.data.read.loader import CineLoader
 
 @dataclass
 class Catalogue:
-    """What an adapter found.
+    """The cines of a data set.
 
     Attributes:
         name, licence, source: of the data set.
         sections: "training", "validation", "test", "pretraining" -> rows.
         set_aside: what could not be used, and why.
-        seen: per image, what the check saw (:func:`discovr_monai.data.lists.scan.look`); empty
-            without a check.
+        seen: image -> what it looks like (:func:`discovr_monai.data.lists.scan.appearance`);
+            empty where the files were not decoded.
     """
 
     name: str
@@ -82,10 +83,10 @@ class Catalogue:
 
 def names() -> list[str]:
     """The adapters' names, as the command line takes them."""
-    found = (m.name for m in pkgutil.iter_modules(adapters.__path__))
+    modules = (m.name for m in pkgutil.iter_modules(adapters.__path__))
     return sorted(
         name.replace("_", "-")
-        for name in found
+        for name in modules
         if hasattr(import_module(f"{adapters.__name__}.{name}"), "rows")
     )
 
@@ -116,50 +117,35 @@ def build_datalist(
     progress: bool = False,
     **options: Any,
 ) -> Catalogue:
-    """Rows of a data set, its official splits by default.
+    """Makes the rows of a data set, in its official splits by default.
 
-    A set without splits is split by patient. With ``folds`` (or where the set has its own) the
-    rows of ``test_fold`` (0) are the test section, those of ``val_fold`` (the next one) the
-    validation section. Rows of a patient who is in two sections are set aside from the less
-    precious one (test, validation, training, pretraining). Patients and studies become salted
-    ids.
+    A set without splits is split by patient. A patient who is in two sections keeps the one that
+    comes first of test, validation, training and pretraining; the other rows are set aside.
+    Patients and studies become salted ids.
 
     Args:
         name: see :func:`names`.
         root: the data set's folder.
-        val_fraction, test_fraction: of the patients, where the set has no split.
-        folds: how many to make by patient; None for the set's own, if any.
-        test_fold, val_fold: see above.
+        val_fraction, test_fraction: shares of the patients, where the set has no split.
+        folds: how many folds to make by patient; None for the set's own, if it has any.
+        test_fold, val_fold: which folds are the test section (None: 0) and the validation
+            section (None: the next one).
         seed: of the split by patient.
-        check: decode every file once: what cannot be used is set aside, the rest gets
+        check: whether to decode every file once. What cannot be used is set aside, the rest gets
             "num_frames" and, where the set does not tell, "fps".
         workers: processes of the check; all cores if None.
         progress: whether to show bars.
         options: the adapter's own keys, such as ``threshold`` or ``view``.
 
     Raises:
-        ValueError: an unknown set or option, nothing found, senseless fractions.
+        ValueError: an unknown set or option, no usable cine, senseless fractions.
         FileNotFoundError, NotADirectoryError: not that set's folder.
     """
     module, root = adapter(name), Path(root)
     _check(module, name, root, options, (val_fraction, test_fraction))
-    rows: list[DatalistRow] = []
-    aside: list[CineError] = []
-    listed: set[str] = set()
-    for found in tqdm(module.rows(root, **options), unit="row", disable=not progress):
-        if isinstance(found, CineError):
-            aside.append(found)
-        elif found["image"] in listed:
-            aside.append(CineError(found["image"], "it is listed twice", "The first row is kept"))
-        else:
-            try:
-                file_below(root, found["image"])
-            except CineError as error:
-                aside.append(error)
-                continue
-            listed.add(found["image"])
-            rows.append(found)
-    seen = _look(rows, aside, root, workers, progress) if check else {}
+    listed = tqdm(module.rows(root, **options), unit="row", disable=not progress)
+    rows, aside = _usable(listed, root)
+    seen = _examine(rows, aside, root, workers, progress) if check else {}
     if not rows:
         why = f"; the first file set aside: {aside[0]}" if aside else ""
         raise ValueError(f"{root.name!r} holds no usable cine of {module.TITLE}{why}")
@@ -174,17 +160,37 @@ def build_datalist(
     return Catalogue(module.TITLE, module.LICENCE, module.SOURCE, sections, aside, seen)
 
 
-def _look(
+def _usable(
+    listed: Iterable[DatalistRow | CineError], root: Path
+) -> tuple[list[DatalistRow], list[CineError]]:
+    """Rows of different files below the folder, and why the others were set aside."""
+    rows: dict[str, DatalistRow] = {}
+    aside: list[CineError] = []
+    for row in listed:
+        if isinstance(row, CineError):
+            aside.append(row)
+        elif row["image"] in rows:
+            aside.append(CineError(row["image"], "it is listed twice", "The first row is kept"))
+        else:
+            try:
+                file_below(root, row["image"])
+                rows[row["image"]] = row
+            except CineError as error:
+                aside.append(error)
+    return list(rows.values()), aside
+
+
+def _examine(
     rows: list[DatalistRow],
     aside: list[CineError],
     root: Path,
     workers: int | None,
     progress: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Decodes all rows; drops the unusable ones from ``rows`` into ``aside``."""
+    """Decodes all cines, moves unusable ones from ``rows`` to ``aside``; what each looks like."""
     seen, loader = {}, CineLoader(root)
     names = [row["image"] for row in rows]
-    verdicts = dict(check_all(names, loader, b"", workers, not progress))
+    verdicts = dict(examine_files(names, loader, b"", workers, not progress))
     kept = []
     for row in rows:
         verdict = verdicts[row["image"]]
@@ -211,10 +217,10 @@ def _check(
         raise FileNotFoundError(f"{root.name!r} does not exist. Give the data set's folder")
     if not root.is_dir():
         raise NotADirectoryError(f"{root.name!r} is a file. Give the data set's folder")
-    known = list(inspect.signature(module.rows).parameters)[1:]
+    accepted = list(inspect.signature(module.rows).parameters)[1:]
     for key in options:
-        if key not in known:
-            have = f"it has {', '.join(known)}" if known else "it has none"
+        if key not in accepted:
+            have = f"it has {', '.join(accepted)}" if accepted else "it has none"
             raise ValueError(f"{name} has no option {key!r}; {have}")
     if min(shares) < 0 or sum(shares) >= 1:
         raise ValueError(f"val_fraction {shares[0]} and test_fraction {shares[1]} leave no rest")

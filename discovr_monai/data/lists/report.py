@@ -37,8 +37,8 @@ def near_duplicates(hashes: Mapping[str, str], near: int = NEAR) -> list[tuple[s
             buckets[code.tobytes()].append(i)
         for members in buckets.values():
             pairs.update(_close(members, codes, near))
-    found = [(names[i], names[j], _bits(codes[i], codes[j])) for i, j in pairs]
-    return sorted(found, key=lambda pair: (pair[2], pair[0], pair[1]))
+    named = [(names[i], names[j], _bits(codes[i], codes[j])) for i, j in pairs]
+    return sorted(named, key=lambda pair: (pair[2], pair[0], pair[1]))
 
 
 def _bits(a: np.ndarray, b: np.ndarray) -> int:
@@ -46,13 +46,13 @@ def _bits(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _close(members: Sequence[int], codes: np.ndarray, near: int) -> list[tuple[int, int]]:
-    found = []
+    pairs = []
     index = np.array(members)
     for position, i in enumerate(members[:-1]):
         others = index[position + 1 :]
         distance = np.unpackbits(codes[others] ^ codes[i], axis=1).sum(1)
-        found += [(i, int(j)) for j in others[distance <= near]]
-    return found
+        pairs += [(i, int(j)) for j in others[distance <= near]]
+    return pairs
 
 
 def draw_report(catalogue: Catalogue, folder: str | Path) -> list[Path]:
@@ -124,8 +124,8 @@ def _histograms(catalogue: Catalogue, pairs: int, across: int, path: Path) -> No
             axis.text(0.5, 0.5, "not known", ha="center", transform=axis.transAxes)
             continue
         bins = np.histogram_bin_edges(np.concatenate(known), 30)
-        for name, found in values.items():
-            axis.hist(found, bins, histtype="step", label=name)
+        for name, numbers in values.items():
+            axis.hist(numbers, bins, histtype="step", label=name)
         axis.legend(fontsize=8)
     sides = [catalogue.seen[r["image"]]["size"] for items in rows.values() for r in items]
     axes[1, 0].scatter(*np.array(sides).T[::-1], s=12, alpha=0.4)

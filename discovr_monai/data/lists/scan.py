@@ -46,37 +46,24 @@ def load_datalist(
     """
     root = Path(dataset_dir)
     _check_folder(root)
-    own = root / "datalist.json"
-    if datalist is not None or own.is_file():
-        found = Datalist(load_rows(Path(datalist) if datalist is not None else own, root))
+    beside = root / "datalist.json"
+    if datalist is not None or beside.is_file():
+        data = Datalist(load_rows(Path(datalist) if datalist is not None else beside, root))
     else:
-        result: Datalist | None = None
+        scan = partial(
+            scan_folder, root, loader=loader, output_dir=Path(output_dir),
+            val_fraction=val_fraction, seed=seed,
+        )  # fmt: skip
         if not rank():
-            result = scan_folder(
-                root,
-                loader=loader,
-                output_dir=Path(output_dir),
-                val_fraction=val_fraction,
-                seed=seed,
-                workers=workers,
-            )
+            data = scan(workers=workers)
         barrier()
-        if result is None:  # the other ranks read what rank 0 found out
-            result = scan_folder(
-                root,
-                loader=loader,
-                output_dir=Path(output_dir),
-                val_fraction=val_fraction,
-                seed=seed,
-                workers=1,
-                quiet=True,
-            )
-        found = result
+        if rank():  # the other ranks read what rank 0 found out
+            data = scan(workers=1, quiet=True)
     salt = load_salt()
-    for rows in found.sections.values():
+    for rows in data.sections.values():
         for row in rows:
             row["id"] = salted_id(f"{row['image']}{row.get('first', '')}", salt)
-    return found
+    return data
 
 
 def _check_folder(root: Path) -> None:
@@ -99,10 +86,10 @@ def scan_folder(
     workers: int | None = None,
     quiet: bool = False,
 ) -> Datalist:
-    """Decodes every file below ``root`` once and sorts the usable ones into two sections.
+    """Decodes every file below ``root`` once and splits the usable ones by patient.
 
-    Files known from an earlier scan (same size and time) are not decoded again. Patients are
-    salted ids.
+    What an earlier scan said of a file, in scan.json of ``output_dir``, still holds where the
+    file's size and time are the same. Patients are salted ids.
 
     Raises:
         ValueError: if the folder is empty or holds nothing usable.
@@ -111,20 +98,20 @@ def scan_folder(
     if not files:
         raise ValueError(f"dataset_dir {root.name!r} is empty. Put cines into it")
     index = output_dir / "scan.json"
-    known = _load_index(index)
+    earlier = _load_index(index)
     salt = load_salt()
     # An index of an earlier version has shorter ids and no number of digits: all is read again.
     wanted = f"{loader.size}|{loader.sector}|{loader.color}|{ID_DIGITS}"
     stamps = {name: [*_stamp(root / name), wanted] for name in files}
-    found = {n: known[n] for n in files if known.get(n, {}).get("stamp") == stamps[n]}
-    todo = [n for n in files if n not in found]
-    for name, verdict in check_all(todo, loader, salt, workers, quiet):
+    verdicts = {n: earlier[n] for n in files if earlier.get(n, {}).get("stamp") == stamps[n]}
+    todo = [n for n in files if n not in verdicts]
+    for name, verdict in examine_files(todo, loader, salt, workers, quiet):
         verdict.pop("seen", None)
-        found[name] = {**verdict, "stamp": stamps[name]}
-    if found != known:
-        write_text(index, json.dumps(found))
-    rows = [found[n]["row"] for n in files if "row" in found[n]]
-    bad = [(n, *found[n]["bad"]) for n in files if "bad" in found[n]]
+        verdicts[name] = {**verdict, "stamp": stamps[name]}
+    if verdicts != earlier:
+        write_text(index, json.dumps(verdicts))
+    rows = [verdicts[n]["row"] for n in files if "row" in verdicts[n]]
+    bad = [(n, *verdicts[n]["bad"]) for n in files if "bad" in verdicts[n]]
     report = output_dir / "bad_files.csv" if bad else None
     if report is not None and not quiet:
         write_table(report, ("file", "kind", "reason", "what to do"), bad)
@@ -156,28 +143,36 @@ def _load_index(index: Path) -> dict[str, Any]:
         return {}
 
 
-def check_file(name: str, loader: CineLoader, salt: bytes) -> dict[str, Any]:
-    """{"row": ..., "seen": ...} for a usable cine, {"bad": (kind, problem, remedy)} for another.
+def examine_file(name: str, loader: CineLoader, salt: bytes) -> dict[str, Any]:
+    """Decodes a file and says whether it is a usable cine; never raises.
 
-    "seen" is what a report shows: the file's size, a thumbnail and a perceptual hash.
+    Returns:
+        {"row": datalist row, "seen": :func:`appearance`} for a usable cine,
+        {"bad": (kind, problem, remedy)} for anything else.
     """
     try:
         file_below(loader.root, name)
-        found = loader.load(name)
+        cine = loader.load(name)
     except Exception as error:
         return {"bad": failure_of(error)}
-    row: dict[str, Any] = {"image": name, "num_frames": len(found.frames)}
+    row: dict[str, Any] = {"image": name, "num_frames": len(cine.frames)}
     row["patient"] = salted_id(patient_of(loader.root / name) or f"file {name}", salt)
-    if found.fps:
-        row["fps"], row["fps_source"] = found.fps, found.fps_source
-    return {"row": row, "seen": look(found.frames, found.window)}
+    if cine.fps:
+        row["fps"], row["fps_source"] = cine.fps, cine.fps_source
+    return {"row": row, "seen": appearance(cine.frames, cine.window)}
 
 
-def look(frames: np.ndarray, window: Sequence[int]) -> dict[str, Any]:
-    """A small record of a cine: size of its file's frames, thumbnail, perceptual hash.
+def appearance(frames: np.ndarray, window: Sequence[int]) -> dict[str, Any]:
+    """What a report shows of a cine: size of its file's frames, thumbnail, perceptual hash.
 
-    The hash is 128 bits: whether brightness grows from left to right, on an 8 x 9 grid of the
-    first and of the middle frame (dHash).
+    Args:
+        frames: (T, H, W) grey or (T, H, W, 3) RGB, uint8.
+        window: see :class:`discovr_monai.base.types.Cine`.
+
+    Returns:
+        "size" (rows, columns), "thumbnail" 64 x 64 bytes of grey, "hash" 32 hexadecimal digits:
+        for the first and for the middle frame, on a grid of 8 x 9, whether brightness grows from
+        left to right (dHash).
     """
     from PIL import Image
 
@@ -195,25 +190,28 @@ def look(frames: np.ndarray, window: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def check_all(
+def examine_files(
     names: Sequence[str],
     loader: CineLoader,
     salt: bytes,
     workers: int | None = None,
     quiet: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, :func:`check_file`'s verdict) of every file, in any order, whatever the files do."""
+    """Yields (name, :func:`examine_file`'s verdict) of every file, in any order.
+
+    With several workers, a file that crashes or blocks its reader costs only itself.
+    """
     bar = tqdm(desc="reading cines", unit="file", total=len(names), disable=quiet or not names)
     workers = min(workers or os.cpu_count() or 1, 1 + len(names) // 64)
     with bar:
         if workers <= 1:
             for name in names:
-                yield name, check_file(name, loader, salt)
+                yield name, examine_file(name, loader, salt)
                 bar.update()
             return
         # a LoadCined would make each process import MONAI, seconds before its first file
         plain = CineLoader(loader.root, loader.store, loader.size, loader.sector, loader.color)
-        check = partial(check_file, loader=plain, salt=salt)
-        for name, verdict, failure in run_isolated(check, names, workers=workers):
+        examine = partial(examine_file, loader=plain, salt=salt)
+        for name, verdict, failure in run_isolated(examine, names, workers=workers):
             yield name, verdict if failure is None else {"bad": failure}
             bar.update()

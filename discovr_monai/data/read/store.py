@@ -63,9 +63,9 @@ class CineStore:
             return prepared(make())  # raises the clear error
         key = f"{VERSION}|{name}|{stat.st_size}|{stat.st_mtime_ns}|{preparation}"
         entry = self.directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-        found = self._read(entry)
-        if found is not None:
-            return found
+        cached = self._read(entry)
+        if cached is not None:
+            return cached
         cine = prepared(make())
         self._write(entry, cine)
         return cine
@@ -80,9 +80,7 @@ class CineStore:
             spacing = tuple(about["spacing"]) if about["spacing"] else None
             window = tuple(about["window"])
             return PreparedCine(frames, about["fps"], about["fps_source"], window, spacing)
-        except FileNotFoundError:
-            return None
-        except (ValueError, OSError, KeyError):  # cut short by a crash of the machine
+        except (OSError, ValueError, KeyError):  # not there, or cut short by a power cut
             return None
 
     def _write(self, entry: Path, cine: PreparedCine) -> None:

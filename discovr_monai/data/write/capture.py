@@ -46,23 +46,23 @@ def write_secondary_capture(
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise ValueError(f"frames are {frames.dtype} of shape {frames.shape}, not (T, H, W, 3)")
     with quiet():
-        found = open_source(source, name or source.name, path)
+        cine = open_source(source, name or source.name, path)
         marked = np.concatenate((frames, _notice(len(frames), frames.shape[2])), 1)
-        seed = (str(found.get("SOPInstanceUID")), model, str(frames.shape), frames.tobytes())
-        dataset = new_dataset(found, "OT", "1.2.840.10008.5.1.4.1.1.7.4", seed)
+        seed = (str(cine.get("SOPInstanceUID")), model, str(frames.shape), frames.tobytes())
+        dataset = new_dataset(cine, "OT", "1.2.840.10008.5.1.4.1.1.7.4", seed)
         dataset.ImageType = ["DERIVED", "SECONDARY"]
         dataset.ConversionType = "WSD"
         dataset.SeriesDescription = NOTICE
         dataset.DerivationDescription = f"Outlines drawn by {MAKER} {clean_text(model)}"
         # the source's screen may show whose it is
-        clean = found.get("BurnedInAnnotation") == "NO"
+        clean = cine.get("BurnedInAnnotation") == "NO"
         dataset.BurnedInAnnotation = "NO" if clean else "YES"
         dataset.NumberOfFrames, dataset.Rows, dataset.Columns = marked.shape[:3]
         dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 3, "RGB"
         dataset.PlanarConfiguration = 0
         dataset.BitsAllocated = dataset.BitsStored = 8
         dataset.HighBit, dataset.PixelRepresentation = 7, 0
-        fps, _ = frame_rate(found)
+        fps, _ = frame_rate(cine)
         if fps:
             dataset.FrameTime = f"{1000 / fps:.6f}"[:16]
             dataset.FrameIncrementPointer = 0x00181063

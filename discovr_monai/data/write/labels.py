@@ -192,8 +192,8 @@ def _place_like(voxels: np.ndarray, header: Any, like: Path, name: str) -> np.nd
 
     try:
         source: Any = nibabel.load(like)
-        shape, found = tuple(source.shape), source.header
-        geometry = {field: found[field] for field in GEOMETRY}
+        shape = tuple(source.shape)
+        geometry = {field: source.header[field] for field in GEOMETRY}
     except Exception as error:  # nibabel raises many kinds for damaged files
         raise CineError(
             name, "it cannot be read as NIfTI (cut short or damaged)", "Copy or export it again"
