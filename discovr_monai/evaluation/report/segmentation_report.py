@@ -1,9 +1,11 @@
-"""Figures and pictures of segmented cines."""
+"""What an evaluation says of segmented cines: figures, EF, pictures and players."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,13 +50,13 @@ class Case:
 
     def spacing(self) -> tuple[float, float]:
         """(row, column) in mm; (1, 1), pixels, where it is unknown."""
-        found = self.row.get("spacing") or (1.0, 1.0)
-        return float(found[0]), float(found[1])
+        row, column = self.row.get("spacing") or (1.0, 1.0)
+        return float(row), float(column)
 
     def labelled(self) -> dict[str, int]:
         """Phase -> place in ``frames`` of the labelled frames."""
-        known = {p: self.row[k] for p, k in PHASES.items() if self.row.get(k) is not None}  # type: ignore[literal-required]
-        return {phase: self.frames.index(f) for phase, f in known.items() if f in self.frames}
+        frames = {p: self.row.get(k) for p, k in PHASES.items()}
+        return {p: self.frames.index(f) for p, f in frames.items() if f in self.frames}  # type: ignore[arg-type]
 
     def volumes(self) -> np.ndarray:
         """(len(frames),) mL of the first structure by Simpson's rule."""
@@ -64,28 +66,43 @@ class Case:
 def frame_figures(
     truth: np.ndarray, predicted: np.ndarray, spacing: Sequence[float], structures: Sequence[str]
 ) -> dict[str, float]:
-    """Dice, HD95 and ASSD of each structure of one frame, and their means; NaN where undefined."""
-    found: dict[str, float] = {}
+    """Dice, HD95 and ASSD of each structure of one frame, and their means.
+
+    Args:
+        truth, predicted: (H, W) labels.
+        spacing: (row, column) mm of a pixel; distances are in its unit.
+        structures: names of labels 1, 2, ...
+
+    Returns:
+        "dice_NAME", "hd95_NAME", "assd_NAME" and "dice_mean", ...; NaN where undefined.
+    """
+    figures: dict[str, float] = {}
     for label, name in enumerate(structures, start=1):
         a, b = truth == label, predicted == label
-        found[f"dice_{name}"] = dice(a, b)
+        figures[f"dice_{name}"] = dice(a, b)
         hd95 = assd = float("nan")
         if a.any() and b.any():
             y_pred, y = (torch.from_numpy(m)[None, None].float() for m in (b, a))
-            hd95 = float(
-                compute_hausdorff_distance(
-                    y_pred, y, include_background=True, percentile=95, spacing=list(spacing)
-                )
-            )
-            assd = float(
-                compute_average_surface_distance(
-                    y_pred, y, include_background=True, symmetric=True, spacing=list(spacing)
-                )
-            )
-        found[f"hd95_{name}"], found[f"assd_{name}"] = hd95, assd
+            options: Any = {"include_background": True, "spacing": list(spacing)}
+            hd95 = float(compute_hausdorff_distance(y_pred, y, percentile=95, **options))
+            assd = float(compute_average_surface_distance(y_pred, y, symmetric=True, **options))
+        figures[f"hd95_{name}"], figures[f"assd_{name}"] = hd95, assd
     for kind in ("dice", "hd95", "assd"):
-        found[f"{kind}_mean"] = _nanmean([found[f"{kind}_{n}"] for n in structures])
-    return found
+        figures[f"{kind}_mean"] = _nanmean([figures[f"{kind}_{n}"] for n in structures])
+    return figures
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How cines are drawn.
+
+    Attributes:
+        fps: frames per second of the animations.
+        read: (row) -> (T, s, s) uint8, the cine as large as the page's players show it.
+    """
+
+    fps: float
+    read: Callable[[DatalistRow], np.ndarray]
 
 
 def report(
@@ -95,56 +112,64 @@ def report(
     cases: Sequence[Case],
     structures: Sequence[str],
     *,
-    grid: Sequence[int],
-    label_fraction: float = 1.0,
-    draw: bool = True,
-    fps: float = 15.0,
-    read: Callable[[DatalistRow], np.ndarray] | None = None,
+    grid: tuple[int, int],
+    label_fraction: float,
+    drawing: Drawing | None,
 ) -> None:
     """Adds everything that is to be said of a section's cines.
 
-    Dice, HD95 and ASSD at ED, at ES and over all labelled frames of a cine, beside the Dice that
-    the token grid allows; EF by Simpson's rule from the labelled frames and from the whole curve,
-    where the datalist knows the EF.
+    That is Dice, HD95 and ASSD at ED, at ES and over all labelled frames of a cine, beside the Dice
+    that the token grid allows; and where the datalist knows the EF, the EF by Simpson's rule from
+    the labelled frames and from the whole curve.
 
     Args:
         grid: rows and columns of tokens.
-        draw: whether to make pictures, fps: of the animations.
-        read: a cine's frames (T, s, s) for the page, larger than the network sees them.
+        label_fraction: share of the training labels; the grid's ceiling is said once, of all.
+        drawing: how to draw; None for no pictures.
     """
-    unit = "mm" if all(c.row.get("spacing") for c in cases) else "pixels"
-    if unit == "pixels":  # all of them: a mean of both would be neither
+    if not all(c.row.get("spacing") for c in cases):  # a mean of mm and pixels would be neither
         cases = [replace(c, row={**c.row, "spacing": None}) for c in cases]  # type: ignore[typeddict-item]
+        unit = "pixels"
+    else:
+        unit = "mm"
+    rows = [c.row for c in cases]
     phases = [*PHASES, "all"] if any(c.labelled() for c in cases) else ["all"]
-    scores = {phase: [_case_figures(c, phase, structures) for c in cases] for phase in phases}
-    limit = {phase: [_case_ceiling(c, phase, structures, grid) for c in cases] for phase in phases}
-    rows, whole = [c.row for c in cases], label_fraction == 1
+    lv_dice = {}
     for phase in phases:
-        for name, found in ((method, scores[phase]), ("grid ceiling", limit[phase])):
-            if name == "grid ceiling" and not whole:
-                continue
-            main = whole and (name, phase) == (method, "all")
-            table = {key: np.array([f[key] for f in found]) for key in found[0]}
-            results.add(
-                section,
-                f"{name}, {phase}",
-                rows,
-                lambda w, t=table: {_named(k, unit): mean_metric(v, w) for k, v in t.items()},  # type: ignore[misc]
-                label_fraction=label_fraction,
-                headlines={"dice_mean": "Dice"} if main else None,
-            )
-    lv = {f"dice_{p}": np.array([f[f"dice_{structures[0]}"] for f in scores[p]]) for p in phases}
-    results.predict(section, method, rows, label_fraction, **lv)
-    _ejection_fractions(results, section, method, cases, label_fraction, draw)
-    if draw:
-        _pictures(results, section, cases, lv["dice_all"], structures, fps, read)
+        figures = _columns([_case_figures(c, phase, structures) for c in cases])
+        lv_dice[phase] = figures[f"dice_{structures[0]}"]
+        results.add(
+            section,
+            f"{method}, {phase}",
+            rows,
+            partial(_means, figures, unit),
+            label_fraction=label_fraction,
+            headlines={"dice_mean": "Dice"} if label_fraction == 1 and phase == "all" else None,
+        )
+        if label_fraction == 1:
+            ceiling = _columns([_case_ceiling(c, phase, structures, grid) for c in cases])
+            results.add(section, f"grid ceiling, {phase}", rows, partial(_means, ceiling, unit))
+    columns = {f"dice_{phase}": values for phase, values in lv_dice.items()}
+    results.predict(section, method, rows, label_fraction, **columns)
+    _ejection_fractions(results, section, method, cases, label_fraction, drawing is not None)
+    if drawing is not None:
+        _pictures(results, section, cases, lv_dice["all"], structures, drawing)
 
 
-def _named(key: str, unit: str) -> str:
-    return key if key.startswith("dice") else f"{key}_{unit}"
+def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
+    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+
+def _means(figures: Mapping[str, np.ndarray], unit: str, weights: np.ndarray) -> dict[str, Any]:
+    """Weighted means; the unit of distances goes into their names."""
+    return {
+        k if k.startswith("dice") else f"{k}_{unit}": mean_metric(values, weights)
+        for k, values in figures.items()
+    }
 
 
 def _places(case: Case, phase: str) -> list[int]:
+    """Places in ``frames`` of a phase's frame, or of all frames with a label."""
     labelled = case.labelled()
     if phase != "all":
         return [labelled[phase]] if phase in labelled else []
@@ -157,31 +182,33 @@ def _nanmean(values: Sequence[float]) -> float:
     return float(np.mean(defined)) if defined else float("nan")
 
 
-def _mean_over(found: list[dict[str, float]], keys: Sequence[str]) -> dict[str, float]:
-    return {k: _nanmean([f[k] for f in found]) for k in keys}
+def _mean_over(frames: list[dict[str, float]], keys: Sequence[str]) -> dict[str, float]:
+    return {k: _nanmean([f[k] for f in frames]) for k in keys}
 
 
 def _case_figures(case: Case, phase: str, structures: Sequence[str]) -> dict[str, float]:
+    """Means of :func:`frame_figures` over a cine's frames of a phase."""
     keys = [f"{k}_{n}" for k in ("dice", "hd95", "assd") for n in (*structures, "mean")]
-    found = [
+    frames = [
         frame_figures(case.truth[i], case.predicted[i], case.spacing(), structures)
         for i in _places(case, phase)
     ]
-    return _mean_over(found, keys)
+    return _mean_over(frames, keys)
 
 
 def _case_ceiling(
-    case: Case, phase: str, structures: Sequence[str], grid: Sequence[int]
+    case: Case, phase: str, structures: Sequence[str], grid: tuple[int, int]
 ) -> dict[str, float]:
-    found = []
+    """The Dice that :func:`grid_ceiling` reaches, likewise."""
+    frames = []
     for i in _places(case, phase):
-        best = grid_ceiling(case.truth[i], (grid[0], grid[1]), len(structures) + 1)
-        one = {
+        best = grid_ceiling(case.truth[i], grid, len(structures) + 1)
+        dices = {
             f"dice_{n}": dice(case.truth[i] == v, best == v)
             for v, n in enumerate(structures, start=1)
         }
-        found.append({**one, "dice_mean": _nanmean(list(one.values()))})
-    return _mean_over(found, [f"dice_{n}" for n in (*structures, "mean")])
+        frames.append({**dices, "dice_mean": _nanmean(list(dices.values()))})
+    return _mean_over(frames, [f"dice_{n}" for n in (*structures, "mean")])
 
 
 def _ejection_fractions(
@@ -192,28 +219,29 @@ def _ejection_fractions(
     label_fraction: float,
     draw: bool,
 ) -> None:
-    known = [c for c in cases if c.row.get("ef") is not None]
-    if len(known) < 2:
+    """Adds the EF by Simpson's rule of the cines whose true EF is known."""
+    cases = [c for c in cases if c.row.get("ef") is not None]
+    if len(cases) < 2:
         return
-    truth = np.array([c.row["ef"] for c in known])
-    from_frames, from_curve = [], []
-    for case in known:
+    truth = np.array([c.row["ef"] for c in cases])
+    predicted: dict[str, list[float]] = {"labelled frames": [], "whole curve": []}
+    for case in cases:
         volumes, at = case.volumes(), case.labelled()
-        there = len(at) == 2
-        from_frames.append(ejection_fraction(volumes, at["ED"], at["ES"]) if there else np.nan)
-        from_curve.append(ejection_fraction(volumes) if len(volumes) > 2 else np.nan)
-    for name, values in (("labelled frames", from_frames), ("whole curve", from_curve)):
-        found = np.array(values)
-        good = np.isfinite(found)
+        from_frames = ejection_fraction(volumes, at["ED"], at["ES"]) if len(at) == 2 else np.nan
+        predicted["labelled frames"].append(from_frames)
+        from_curve = ejection_fraction(volumes) if len(volumes) > 2 else np.nan
+        predicted["whole curve"].append(from_curve)
+    for name, values in predicted.items():
+        efs = np.array(values)
+        good = np.isfinite(efs)
         if good.sum() < 2:
             continue
-        rows = [c.row for c, g in zip(known, good, strict=True) if g]
-        t, p = truth[good], found[good]
+        t, p = truth[good], efs[good]
         results.add(
             section,
             f"EF from {name}, {method}",
-            rows,
-            lambda w, t=t, p=p: regression_metrics(t, p, w),  # type: ignore[misc]
+            [c.row for c, g in zip(cases, good, strict=True) if g],
+            partial(regression_metrics, t, p),
             label_fraction=label_fraction,
         )
         if draw:
@@ -226,13 +254,12 @@ def _pictures(
     results: Results,
     section: str,
     cases: Sequence[Case],
-    scores: np.ndarray,
+    dices: np.ndarray,
     structures: Sequence[str],
-    fps: float,
-    read: Callable[[DatalistRow], np.ndarray] | None,
+    drawing: Drawing,
 ) -> None:
-    """Best, median and worst: players, overlay animations and areas over time."""
-    order = [int(i) for i in np.argsort(-scores, kind="stable") if np.isfinite(scores[i])]
+    """Adds players and animations of the best, median and worst cine, and their areas over time."""
+    order = [int(i) for i in np.argsort(-dices, kind="stable") if np.isfinite(dices[i])]
     if not order:
         return
     chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
@@ -240,40 +267,39 @@ def _pictures(
     for name, index in chosen.items():
         case = cases[index]
         frames = case.picture[case.frames]
-        words = f"{section}, {name} Dice of the {metric_name(structures[0])}"
-        draw = (save_overlay, frames, case.predicted, case.truth, fps)
-        results.draw(f"{section}_{name}.gif", words, *draw)
-        larger = case.picture if read is None else read(case.row)
-        results.cines.append(_view(case, larger, words, float(scores[index]), structures))
+        title = f"{section}, {name} Dice of the {metric_name(structures[0])}"
+        draw = (save_overlay, frames, case.predicted, case.truth, drawing.fps)
+        results.draw(f"{section}_{name}.gif", title, *draw)
+        results.cines.append(_view(case, drawing.read(case.row), title, dices[index], structures))
         seconds = np.array(case.frames) / (case.fps or 1.0)
         area = (case.predicted == 1).sum((1, 2)) * float(np.prod(case.spacing())) / 100
-        curves[f"{name} (Dice {scores[index]:.2f})"] = (seconds, area)
+        curves[f"{name} (Dice {dices[index]:.2f})"] = (seconds, area)
     unit = "cm$^2$" if all(c.row.get("spacing") for c in cases) else "pixels / 100"
-    what = f"{structures[0].replace('_', ' ')} area"
-    caption = f"{section}: {what} over time, predicted."
-    results.draw(f"{section}_area_time.png", caption, draw_curves, curves, f"{what} ({unit})")
+    quantity = f"{structures[0].replace('_', ' ')} area"
+    caption = f"{section}: {quantity} over time, predicted."
+    draw_areas = (draw_curves, curves, f"{quantity} ({unit})")
+    results.draw(f"{section}_area_time.png", caption, *draw_areas)
 
 
 def _view(
-    case: Case, larger: np.ndarray, words: str, score: float, structures: Sequence[str]
+    case: Case, larger: np.ndarray, title: str, score: float, structures: Sequence[str]
 ) -> CineView:
     """A case for the page, with its true contours beside the predicted ones."""
     frames = np.ascontiguousarray(larger[case.frames])
     side, spacing = frames.shape[1], case.row.get("spacing")
     scale = case.predicted.shape[1] / side
     at, whole = case.labelled(), len(case.frames) == len(case.picture)
-    known = case.truth.any((1, 2))
     facts = {"Cine": case.row["id"], f"Dice {metric_name(structures[0])}": f"{score:.2f}"}
     if case.row.get("ef") is not None:
         facts["True EF"] = f"{case.row['ef']:.0f} %"
         if whole and len(case.frames) > 2:
             facts["EF from contours"] = f"{ejection_fraction(case.volumes()):.0f} %"
     return CineView(
-        title=words[:1].upper() + words[1:],
+        title=title[:1].upper() + title[1:],
         frames=frames,
         fps=case.fps if whole else None,
         labels=resize_labels(case.predicted, side),
-        reference=resize_labels(case.truth, side) if known.any() else None,
+        reference=resize_labels(case.truth, side) if case.truth.any() else None,
         structures=[metric_name(s) for s in structures],
         spacing=(scale * float(spacing[0]), scale * float(spacing[1])) if spacing else None,
         ed=at.get("ED"),

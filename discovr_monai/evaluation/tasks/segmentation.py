@@ -1,13 +1,13 @@
-"""Segmentation transfer: what the patch tokens know of anatomy.
+"""Segmentation: what the patch tokens know of anatomy.
 
-A head on the tokens of one tubelet gives label maps of its frames. Trained on the labelled
-frames only, used on every frame.
+A head gives label maps of a tubelet's frames from its tokens. It is trained on the labelled frames
+only, and used on every frame.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,12 @@ from discovr_monai.data.read.masks import mask_name, read_masks, window_masks
 from discovr_monai.evaluation.features.encoders import TRAINED, EvaluatedEncoder
 from discovr_monai.evaluation.features.extract import Features, check_splits, subset_by_patient
 from discovr_monai.evaluation.heads.fitting import fit
-from discovr_monai.evaluation.heads.saved import fit_familiarity, views_of, write_head
+from discovr_monai.evaluation.heads.saved import (
+    check_all_labels,
+    fit_familiarity,
+    views_of,
+    write_head,
+)
 from discovr_monai.evaluation.heads.segmenter import (
     HEADS,
     SegmentationHead,
@@ -37,13 +42,13 @@ from discovr_monai.evaluation.heads.segmenter import (
     label_frames,
 )
 from discovr_monai.evaluation.report.results import Results
-from discovr_monai.evaluation.report.segmentation_report import Case, report
+from discovr_monai.evaluation.report.segmentation_report import Case, Drawing, report
 from discovr_monai.evaluation.tasks.targets import values_of
 from discovr_monai.pages.drawing import SHOWN
 
 
 def _with_masks(rows: Sequence[DatalistRow], section: str) -> list[DatalistRow]:
-    """Rows with a mask; public sets lack a few tracings, which is said and allowed."""
+    """The rows with a mask. Public sets lack a few tracings, so missing ones are only printed."""
     kept = [r for r in rows if r.get("mask")]
     if not kept:
         values_of(rows, "mask", section, "Add paths of label maps to the datalist")
@@ -54,7 +59,7 @@ def _with_masks(rows: Sequence[DatalistRow], section: str) -> list[DatalistRow]:
 
 @dataclass
 class Labelled:
-    """One labelled frame: row, frame, its label map (S, S)."""
+    """One labelled frame: its row, its number in the cine, and its label map (S, S)."""
 
     row: DatalistRow
     frame: int
@@ -91,6 +96,7 @@ class LabelledClips(Dataset):
         return {"image": image, "position": position, "labels": labels.long()}
 
 
+@dataclass(eq=False, repr=False)
 class Segmentation:
     """Segmentation from patch tokens, with contours, volumes and EF.
 
@@ -99,90 +105,85 @@ class Segmentation:
         results: collects the figures.
         structures: names of labels 1, 2, ...; the first is the LV cavity.
         train, validation, test: sections.
-        head: "linear" or "conv".
-        blocks: last blocks that are trained too; 0 for a frozen backbone.
+        head: "linear" or "conv", see :class:`SegmentationHead`.
+        blocks: how many of the encoder's last blocks are trained too; 0 for a frozen encoder.
         label_fractions: shares of the training patients whose masks are used, 1 among them.
-        every_frame: whether to segment all frames of the test cines (EF, area over time).
+        every_frame: whether all frames of the test cines are segmented, as EF and the area over
+            time need it, or the labelled ones only.
         epochs, lr, weight_decay, layer_decay, batch_size, seed: of the training.
-        fps: of the animations.
+        fps: frames per second of the animations.
         save_head: file to write the head of all labels to, for inference; None for none.
         view: of the training cines, where the datalist does not say; a saved head needs it.
         start: the head to go on from, of the same kind; None for a new one.
-        after_epoch: is told the loss on the validation section after each epoch.
+        after_epoch: is called with the loss on the validation section after each epoch.
+
+    Raises:
+        ValueError, CineError: if the options do not fit together, or masks cannot be used.
     """
 
-    def __init__(
-        self,
-        encoder: EvaluatedEncoder,
-        data: Datalist,
-        loader: LoadCined,
-        results: Results,
-        *,
-        structures: Sequence[str] = ("lv_cavity", "myocardium", "left_atrium"),
-        train: str = "training",
-        validation: str = "validation",
-        test: Sequence[str] = ("test",),
-        head: str = "linear",
-        blocks: int = 0,
-        label_fractions: Sequence[float] = (1.0,),
-        every_frame: bool = True,
-        epochs: int = 30,
-        lr: float = 1e-2,
-        weight_decay: float = 0.01,
-        layer_decay: float = 0.75,
-        batch_size: int = 32,
-        seed: int = 0,
-        fps: float = 15.0,
-        save_head: str | Path | None = None,
-        view: str | None = None,
-        start: SegmentationHead | None = None,
-        after_epoch: Callable[[float], None] | None = None,
-    ) -> None:
-        if save_head is not None and (blocks or encoder.branch not in TRAINED):
-            raise ValueError("save_head needs a frozen branch of the network: set blocks to 0")
-        if head not in HEADS:
-            raise ValueError(f"head {head!r} must be one of {', '.join(HEADS)}")
-        self.encoder, self.loader, self.results = encoder, loader, results
-        self.rows = {n: data.rows(n) for n in dict.fromkeys((train, validation, *test))}
-        check_splits(self.rows)
-        for name, rows in self.rows.items():
-            self.rows[name] = _with_masks(rows, name)
-        self.structures = list(structures)
-        self.train, self.validation, self.test = train, validation, list(test)
-        self.head, self.blocks = head, blocks
-        self.label_fractions, self.every_frame = list(label_fractions), every_frame
-        self.epochs, self.lr, self.weight_decay = epochs, lr, weight_decay
-        self.layer_decay, self.batch_size, self.seed, self.fps = layer_decay, batch_size, seed, fps
-        self.save_head, self.data = save_head, data
-        self.start, self.after_epoch = start, after_epoch
-        if save_head is not None and 1 not in self.label_fractions:
-            raise ValueError("save_head needs 1.0 among the label_fractions: a head has all labels")
-        both = [*self.rows[train], *self.rows[validation]]
-        self.views = [] if save_head is None else views_of(both, view)
+    encoder: EvaluatedEncoder
+    data: Datalist
+    loader: LoadCined
+    results: Results
+    _: KW_ONLY
+    structures: Sequence[str] = ("lv_cavity", "myocardium", "left_atrium")
+    train: str = "training"
+    validation: str = "validation"
+    test: Sequence[str] = ("test",)
+    head: str = "linear"
+    blocks: int = 0
+    label_fractions: Sequence[float] = (1.0,)
+    every_frame: bool = True
+    epochs: int = 30
+    lr: float = 1e-2
+    weight_decay: float = 0.01
+    layer_decay: float = 0.75
+    batch_size: int = 32
+    seed: int = 0
+    fps: float = 15.0
+    save_head: str | Path | None = None
+    view: str | None = None
+    start: SegmentationHead | None = None
+    after_epoch: Callable[[float], None] | None = None
 
-    def run(self) -> dict:
-        """Evaluates, writes, returns the results."""
+    def __post_init__(self) -> None:
+        trained_branch = self.encoder.branch in TRAINED
+        if self.save_head is not None and (self.blocks or not trained_branch):
+            raise ValueError("save_head needs a frozen branch of the network: set blocks to 0")
+        if self.head not in HEADS:
+            raise ValueError(f"head {self.head!r} must be one of {', '.join(HEADS)}")
+        names = dict.fromkeys((self.train, self.validation, *self.test))
+        rows = {name: self.data.rows(name) for name in names}
+        check_splits(rows)
+        self.rows = {name: _with_masks(rows[name], name) for name in names}
+        self.views: list[str] = []
+        if self.save_head is not None:
+            check_all_labels(self.label_fractions)
+            self.views = views_of([*self.rows[self.train], *self.rows[self.validation]], self.view)
+
+    def run(self) -> dict[str, Any]:
+        """Evaluates, writes the results and returns them."""
+        grid = self.encoder.module.grid
         held = self._inputs(self._labelled(self.rows[self.validation]))
-        self.results.facts["grid"] = list(self.encoder.module.grid)
+        self.results.facts["grid"] = list(grid)
+        method = f"{self.head} head" + (f", last {self.blocks} blocks" if self.blocks else "")
         for fraction in self.label_fractions:
             kept = subset_by_patient(self.rows[self.train], fraction, self.seed)
             rows = [self.rows[self.train][i] for i in kept]
             network = self._fit(self._inputs(self._labelled(rows)), held)
             if self.save_head is not None and fraction == 1:
                 self._save(network.head)
+            drawing = Drawing(self.fps, self._larger)
             for section in self.test:
-                cases = self._cases(network, self.rows[section], section)
                 report(
                     self.results,
                     section,
-                    f"{self.head} head" + (f", last {self.blocks} blocks" if self.blocks else ""),
-                    cases,
+                    method,
+                    self._cases(network, self.rows[section], section),
                     self.structures,
-                    grid=self.encoder.module.grid[1:],
+                    grid=(grid[1], grid[2]),
                     label_fraction=fraction,
-                    draw=fraction == max(self.label_fractions),
-                    fps=self.fps,
-                    read=self._larger,
+                    drawing=drawing if fraction == max(self.label_fractions) else None,
                 )
         return self.results.finish()
 
@@ -202,8 +203,8 @@ class Segmentation:
         return masks
 
     def _labelled(self, rows: Sequence[DatalistRow]) -> list[Labelled]:
-        """ED and ES where the datalist names them, else every frame with a label."""
-        found = []
+        """The ED and ES frames where the datalist names them, else every frame with a label."""
+        items = []
         for row in rows:
             masks = self._masks(row)
             frames = [row[k] for k in ("ed_frame", "es_frame") if row.get(k) is not None]
@@ -216,27 +217,28 @@ class Segmentation:
                     f"frame {bad[0]} is labelled, but the cine has {len(masks)} frames",
                     "Count frames from 0 in the datalist",
                 )
-            found += [Labelled(row, int(f), masks[f].astype(np.uint8)) for f in frames]
-        if not found:
+            items += [Labelled(row, int(f), masks[f].astype(np.uint8)) for f in frames]
+        if not items:
             raise ValueError("no frame of the datalist is labelled: nothing to train on")
-        return found
+        return items
 
     def _inputs(self, items: Sequence[Labelled]) -> LabelledClips | TensorDataset:
-        """Clips, or their tokens where the backbone is frozen: computed once."""
+        """Clips around the labelled frames, or with a frozen encoder their tokens, made once."""
         clips = LabelledClips(items, self.loader, self.encoder)
         if self.blocks:
             return clips
         tokens, positions, labels = [], [], []
         network = self.encoder.module
         for batch in tqdm(DataLoader(clips, self.batch_size), desc="tokens", unit="batch"):
-            found = network.tokens(self.encoder.prepare(batch, self.encoder.device))
+            of_clip = network.tokens(self.encoder.prepare(batch, self.encoder.device))
             tubelet = batch["position"] // network.tubelet_size
-            tokens.append(found[torch.arange(len(tubelet)), tubelet].float().cpu())
+            tokens.append(of_clip[torch.arange(len(tubelet)), tubelet].float().cpu())
             positions.append(batch["position"])
             labels.append(batch["labels"].byte())
         return TensorDataset(torch.cat(tokens), torch.cat(positions), torch.cat(labels))
 
     def _prepare(self, batch: Any, *_: Any, **__: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """A batch of :meth:`_inputs` -> what :class:`Segmenter` takes, and the label maps."""
         device = self.encoder.device
         if isinstance(batch, dict):
             clip = self.encoder.prepare(batch, device)
@@ -263,21 +265,23 @@ class Segmentation:
             layer_decay=self.layer_decay,
             weight_decay=self.weight_decay,
         ).to(self.encoder.device)
-        loss = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False)
+        dice_ce = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False)
         generator = torch.Generator().manual_seed(self.seed)
         size = min(self.batch_size, len(train))
         loader = DataLoader(train, size, shuffle=True, drop_last=True, generator=generator)
         checks = DataLoader(held, self.batch_size)
 
-        def full(logits: Tensor, labels: Tensor) -> Tensor:
-            return F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+            size = labels.shape[-2:]
+            logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+            return dice_ce(logits, labels)  # type: ignore[no-any-return]
 
         def validate() -> float:
-            found = []
+            losses = []
             for batch in checks:
                 inputs, labels = self._prepare(batch)
-                found.append(float(loss(full(network(inputs), labels), labels)) * len(labels))
-            figure = sum(found) / len(held)
+                losses.append(float(loss(network(inputs), labels)) * len(labels))
+            figure = sum(losses) / len(held)
             if self.after_epoch is not None:
                 self.after_epoch(figure)
             return figure
@@ -287,7 +291,7 @@ class Segmentation:
             network.groups,
             loader,
             prepare=self._prepare,
-            loss=lambda logits, labels: loss(full(logits, labels), labels),
+            loss=loss,
             validate=validate,
             epochs=self.epochs,
             lr=self.lr,
@@ -298,13 +302,13 @@ class Segmentation:
         return network
 
     def _save(self, head: SegmentationHead) -> None:
-        """The head, and what is like its training."""
+        """Writes the head, and which cines are like its training cines."""
         assert self.save_head is not None
-        both = (self.train, self.validation)
+        sections = (self.train, self.validation)
         file = Path(self.save_head).with_suffix(".features.npz")
         file.unlink(missing_ok=True)
-        seen = Features(self.encoder, self.data, self.loader, both, file)
-        familiar = fit_familiarity(*(seen[section] for section in both))
+        features = Features(self.encoder, self.data, self.loader, sections, file)
+        familiar = fit_familiarity(*(features[section] for section in sections))
         file.unlink()
         about = {
             "kind": "segmentation",
@@ -321,10 +325,9 @@ class Segmentation:
     # ---- testing -------------------------------------------------------------------------
 
     def _larger(self, row: DatalistRow) -> np.ndarray:
-        """(T, s, s) uint8: a cine as large as a page shows it."""
-        loader = self.loader
-        other = LoadCined(root=loader.root, size=SHOWN, sector=loader.sector)
-        return np.asarray(other(cast(dict, row))["image"][0])
+        """(T, s, s) uint8: the cine as large as a page shows it."""
+        larger = LoadCined(root=self.loader.root, size=SHOWN, sector=self.loader.sector)
+        return np.asarray(larger(cast(dict, row))["image"][0])
 
     def _cases(self, network: Segmenter, rows: Sequence[DatalistRow], section: str) -> list[Case]:
         return [
@@ -334,46 +337,38 @@ class Segmentation:
 
     @torch.no_grad()
     def _case(self, network: Segmenter, row: DatalistRow) -> Case:
-        """Label maps of a cine at its own resolution."""
+        """Label maps of a cine, as large as its own frames."""
         loaded = self.loader(cast(dict, row))
-        cine, labels = loaded["image"], self._masks(row)
-        items = self._labelled([row]) if not self.every_frame else []
-        wanted = sorted({i.frame for i in items}) if items else range(cine.shape[1])
-        predicted = self._predict(network, cine, wanted, loaded.get("fps"), row, labels.shape[-1])
+        cine, truth, fps = loaded["image"], self._masks(row), loaded.get("fps")
+        wanted = list(range(cine.shape[1]))
+        if not self.every_frame:
+            wanted = sorted({item.frame for item in self._labelled([row])})
+        encoder = self.encoder
+        predicted = label_frames(
+            network,
+            cine,
+            self._clips(network, cine.shape[1], wanted, fps, row["image"]),
+            truth.shape[-1],
+            lambda batch: encoder.prepare(batch, encoder.device),
+            self.batch_size,
+        )
         return Case(
             row=row,
-            frames=list(wanted),
-            predicted=predicted,
-            truth=labels[list(wanted)].astype(np.uint8),
-            fps=loaded.get("fps"),
+            frames=wanted,
+            predicted=predicted[wanted],
+            truth=truth[wanted].astype(np.uint8),
+            fps=fps,
             picture=np.asarray(cine[0]),
         )
 
-    def _predict(
-        self,
-        network: Segmenter,
-        cine: np.ndarray,
-        wanted: Sequence[int],
-        fps: float | None,
-        row: DatalistRow,
-        size: int,
-    ) -> np.ndarray:
-        """(len(wanted), size, size) uint8 labels."""
-        like = self.encoder
-        stride = clip_stride(like.clip, like.num_frames, fps, row["image"])
-        tubelet = network.head.tubelet
+    def _clips(
+        self, network: Segmenter, length: int, wanted: Sequence[int], fps: float | None, name: str
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Clips of a cine, and the positions in each whose label maps are used."""
+        count = self.encoder.num_frames
+        stride = clip_stride(self.encoder.clip, count, fps, name)
         if self.every_frame:
-            whole = np.arange(like.num_frames)
-            steps = cover(cine.shape[1], like.num_frames, max(1, round(stride)))
-            clips = [(s, whole) for s in steps]
-        else:
-            around = [
-                frames_around(cine.shape[1], f, like.num_frames, stride, 0, tubelet) for f in wanted
-            ]
-            clips = [(s, np.array([p])) for s, p in around]
-
-        def prepare(batch: dict) -> Tensor:
-            return like.prepare(batch, like.device)
-
-        found = label_frames(network, cine, clips, size, prepare, self.batch_size)
-        return found[list(wanted)]
+            return [(c, np.arange(count)) for c in cover(length, count, max(1, round(stride)))]
+        tubelet = network.head.tubelet
+        around = (frames_around(length, f, count, stride, 0, tubelet) for f in wanted)
+        return [(clip, np.array([position])) for clip, position in around]
