@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from monai.bundle.config_item import ConfigComponent
 from monai.bundle.reference_resolver import ReferenceResolver
 from torch import nn
 
@@ -154,10 +155,13 @@ def _arguments(target: str) -> set[str] | None:
     component = pydoc.locate(target) if "." in target and not target.startswith("$") else None
     if not callable(component):
         return None
-    parameters = inspect.signature(component).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    try:
+        arguments = inspect.signature(component).parameters
+    except ValueError:  # written in C
         return None
-    return set(parameters)
+    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
+        return None
+    return {*arguments, *ConfigComponent.non_arg_keys}
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -182,11 +186,12 @@ def parameters(record: Mapping[str, Any], **computed: Any) -> dict[str, Any]:
     Args:
         record: goes on top of the settings.
         computed: and so do these.
+
+    >>> parameters({"preset": "demo"}, total_steps=110)  # in no config
+    {'preset': 'demo', 'total_steps': 110}
     """
-    settings: dict[str, Any] = {}
     config = _config_around()
-    for key in [key for key in config if key.isidentifier()]:
-        settings[key] = config[key]
+    settings = {key: value for key, value in config.items() if "#" not in key}
     for key, places in MOVED.items():
         values = [_literal(config.get(place)) for place in places.split(", ")]
         if places.split(", ")[0] in config:
@@ -264,11 +269,11 @@ def _one_clear_error(
     chain = [error]  # MONAI's wrapping, our message, perhaps a library's cause of it
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    known = (ValueError, OSError, RuntimeError, ArithmeticError)
-    told = next((e for e in chain if _is_ours(e) and isinstance(e, known)), None)
-    if told is None:
+    kinds = (ValueError, OSError, RuntimeError, ArithmeticError)
+    for_users = next((e for e in chain if _is_ours(e) and isinstance(e, kinds)), None)
+    if for_users is None:
         sys.__excepthook__(kind, error, traceback)
-    print(f"\nError: {told or chain[-1]}", file=sys.stderr)
+    print(f"\nError: {for_users or chain[-1]}", file=sys.stderr)
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -281,7 +286,11 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """ "auto" to "bf16" where the machine multiplies bf16 fast, else "fp32"."""
+    """ "auto" to "bf16" where the machine multiplies bf16 fast, else "fp32".
+
+    >>> resolve_precision("fp32", torch.device("cpu"))
+    'fp32'
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":

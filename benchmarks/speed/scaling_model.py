@@ -148,23 +148,22 @@ def trained(network: nn.Module) -> int:
 def collectives(parser: ConfigParser, network: Discovr) -> list[Collective]:
     """Every exchange of one step, in its order."""
     heads = [h for h in (network.video_head, network.image_head) if h is not None]
-    found = []
-    if (
-        parser["video_head_def#norm"] == "batch"
-    ):  # students' moments have a gradient, teachers' have none
+    in_backward = []
+    if parser["video_head_def#norm"] == "batch":
+        # students' moments have a gradient, teachers' have none
         moments = 2 * FLOAT * network.video_student.embed_dim
-        found.append(Collective("moments of the heads' batch norm", 3 * len(heads), moments))
+        in_backward.append(Collective("moments of the heads' batch norm", 3 * len(heads), moments))
     sinkhorns = [(2, parser["num_prototypes"], parser["loss#terms#cluster#iterations"])]
     if parser["loss#terms#video#centring"] == "sinkhorn":
         sinkhorns.append((len(heads), parser["video_head_def#out_dim"], 3))
     for times, columns, iterations in sinkhorns:
-        found.append(Collective("Sinkhorn: largest score, tokens", 2 * times, FLOAT))
-        found.append(Collective("Sinkhorn: mass", times * iterations, FLOAT * columns))
+        in_backward.append(Collective("Sinkhorn: largest score, tokens", 2 * times, FLOAT))
+        in_backward.append(Collective("Sinkhorn: mass", times * iterations, FLOAT * columns))
     calls = math.ceil(FLOAT * trained(network) / BUCKET)
     size = FLOAT * trained(network) // calls
     losses = sum(bool(w) for w in parser["weights"].values())
     return [
-        *found,
+        *in_backward,
         Collective("gradients (DDP's buckets)", calls, size, hidden=True, once=True),
         Collective("losses to log", 1, FLOAT * (1 + losses)),
         Collective("is a rank's step not finite?", 1, FLOAT, once=True),
@@ -195,14 +194,14 @@ def waiting(
     Gradients travel while the last backward goes on; what is longer than it stays, and at least
     the last bucket, which is full when backward ends.
     """
-    found: dict[str, float] = {}
+    waits: dict[str, float] = {}
     for one in all_of:
         seconds = one.seconds(fabric, gpus) * (1 if one.once else batches)
         if one.hidden:
             last = fabric.seconds(min(one.size, BUCKET), gpus)
             seconds = max(seconds - work.backward, last)
-        found[one.name] = found.get(one.name, 0.0) + seconds
-    return found
+        waits[one.name] = waits.get(one.name, 0.0) + seconds
+    return waits
 
 
 def efficiency(

@@ -154,6 +154,7 @@ def test_precision_words():
         (["--num_frame", "1"], "Did you mean 'num_frames'"),
         (["--train#dataset#seed", "1"], None),
         (["--loss#terms#cluster#eps", "0.1"], None),
+        (["--train#handlers#2#_disabled_", "True"], None),
         (["--loss#terms#cluster#epz", "0.1"], "Did you mean 'loss#terms#cluster#eps'"),
         (["--train#handlers#1#intervall", "1"], "Did you mean 'train#handlers#1#interval'"),
         (["--validate#dataloader#drop_lats", "1"], "Did you mean 'validate#dataloader#drop_last'"),
