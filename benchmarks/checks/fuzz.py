@@ -102,9 +102,9 @@ def mutate(content: bytes, rng: np.random.Generator) -> bytes:
             order = "little" if rng.random() < 0.5 else "big"
             data[at : at + size] = value.to_bytes(size, order)
         elif kind == 6:  # numbers in text
-            found = list(re.finditer(rb"\d+", bytes(data[:4000])))
-            if found:
-                match = found[int(rng.integers(len(found)))]
+            numbers = list(re.finditer(rb"\d+", bytes(data[:4000])))
+            if numbers:
+                match = numbers[int(rng.integers(len(numbers)))]
                 other = (b"0", b"-1", b"99999999", b"1e999", b"nan", b"", b"../..", b"=1+1")
                 data[match.start() : match.end()] = other[int(rng.integers(len(other)))]
         else:  # zeros
@@ -168,8 +168,8 @@ def _table(name: str, content: bytes, folder: Path, work: Path, number: int) -> 
             place.hardlink_to(path)
     (root / table).write_bytes(content)
     try:
-        found = build_datalist(kind, root)
-        for rows in found.sections.values():
+        datalist = build_datalist(kind, root)
+        for rows in datalist.sections.values():
             for row in rows:
                 if not 0 <= row.get("ef", 50.0) <= 100:
                     return f"FAILURE EF {row['ef']}"
@@ -221,12 +221,12 @@ def main() -> int:
                 ]  # fmt: skip
     heads = ("kind", "files", "still read", "set aside", "failures", "longest", "most memory")
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    for name, found in counts.items():
-        aside = found["set aside"] + found["refused"]
+    for name, count in counts.items():
+        aside = count["set aside"] + count["refused"]
         seconds, grown = worst[name]
         kind = name.split("=")[-1].split("+")[-1] if "=" in name else Path(name).name[2:]
         lines.append(
-            f"| {kind} | {found.total()} | {found['read']} | {aside} | {found['FAILURE']} | "
+            f"| {kind} | {count.total()} | {count['read']} | {aside} | {count['FAILURE']} | "
             f"{seconds:.1f} s | {grown / 1e6:.0f} MB |"
         )
     print("\n".join([*lines, *failures[:40]]))

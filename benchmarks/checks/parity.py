@@ -69,24 +69,24 @@ def errors(path: str | Path) -> dict[str, float]:
     missing = sorted(set(wanted) - set(ours))
     if missing:
         raise SystemExit(f"no output of ours is known for {missing}")
-    found = {}
+    relative = {}
     for key in wanted:
         if ours[key].shape != expected[key].shape:
             shapes = f"{tuple(ours[key].shape)} against {tuple(expected[key].shape)}"
             raise SystemExit(f"{key}: shape {shapes}")
         scale = max(1.0, float(expected[key].abs().max()))
-        found[key] = float((ours[key] - expected[key]).abs().max()) / scale
-    return found
+        relative[key] = float((ours[key] - expected[key]).abs().max()) / scale
+    return relative
 
 
 def main() -> int:
     """Prints the table; 1 if any error exceeds the limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="an .npz of the parity layout")
-    found = errors(parser.parse_args().file)
-    for key, error in found.items():
+    relative = errors(parser.parse_args().file)
+    for key, error in relative.items():
         print(f"{key:32s} {error:.2e} {'ok' if error <= LIMIT else 'TOO LARGE'}")
-    return 0 if all(error <= LIMIT for error in found.values()) else 1  # NaN fails too
+    return 0 if all(error <= LIMIT for error in relative.values()) else 1  # NaN fails too
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def carry(seed: int, population: str | None) -> dict[str, Any]:
     features = frame_features(encoder, lambda batch: prepare(batch, "cpu"), small)
     ends = {"ed": cine.ed_frame - beat[0], "es": cine.es_frame - beat[0]}
     rng = np.random.default_rng(seed)
-    found: dict[str, Any] = {"seed": seed, "population": cine.population, "kind": cine.kind}
+    dice_by_drawn: dict[str, Any] = {"seed": seed, "population": cine.population, "kind": cine.kind}
     for name, which in DRAWN.items():
         at = sorted({int(ends[w]) for w in which if w in ends})
         at = at or sorted(rng.choice(len(beat), 2, replace=False).tolist())
@@ -90,14 +90,14 @@ def carry(seed: int, population: str | None) -> dict[str, Any]:
             "halfway": half,
         }
         others = [t for t in range(len(beat)) if t not in at]
-        found[name] = {
+        dice_by_drawn[name] = {
             method: {
                 part: float(np.nanmean([dice(masks[t] == v, out[t] == v) for t in others]))
                 for part, v in STRUCTURES.items()
             }
             for method, out in maps.items()
         }
-    return found
+    return dice_by_drawn
 
 
 def propagation(cines: int, section: str) -> None:
@@ -146,8 +146,8 @@ def _values(rows: Sequence[Mapping[str, Any]], drawn: str, method: str, part: st
 
 def _interval(values: np.ndarray, patients: Sequence[str], form: str = ".3f") -> str:
     metrics: Callable = lambda weights: {"mean": mean_metric(values, weights)}  # noqa: E731
-    found = estimate(metrics, patients)["mean"]
-    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
+    interval = estimate(metrics, patients)["mean"]
+    return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
 # ---- files ---------------------------------------------------------------------------------

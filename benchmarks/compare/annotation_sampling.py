@@ -53,8 +53,8 @@ class Repeat:
         branch = self.model.heads["segmentation"]["branch"]
         self.encoder = EvaluatedEncoder(model_file, branch)
         self.loader = LoadCined(root=data, size=self.encoder.image_size)
-        found = load_datalist(data, loader=self.loader, output_dir=folder / "report")
-        rows = [r for n in ("training", "validation", "test") for r in found.rows(n)]
+        datalist = load_datalist(data, loader=self.loader, output_dir=folder / "report")
+        rows = [r for n in ("training", "validation", "test") for r in datalist.rows(n)]
         order = np.random.default_rng(number).permutation(sorted({r["patient"] for r in rows}))
         place = {p: i for i, p in enumerate(order)}
         rows.sort(key=lambda r: (place[r["patient"]], r["image"]))  # patients stay together
@@ -91,7 +91,7 @@ class Repeat:
     def curve(self, strategy: str) -> list[float]:
         """Dice at each of STEPS."""
         labelled: list[int] = []
-        unsure, found = np.zeros(len(self.pool)), []
+        unsure, dices = np.zeros(len(self.pool)), []
         for step in STEPS:
             way = "random" if strategy == "uncertainty" and not labelled else strategy
             labelled += choose(
@@ -103,10 +103,10 @@ class Repeat:
                 seed=100 * self.number + step,
             )
             network, score = self.trained(labelled)
-            found.append(score)
+            dices.append(score)
             if strategy in ("uncertainty", "both"):
                 unsure = np.array([mean_entropy(network, clips) for clips in self.clips])
-        return found
+        return dices
 
 
 def _end(rows: Sequence[Any], count: int) -> int:

@@ -30,26 +30,16 @@ from discovr_monai.data.clips.dataset import ClipDataset
 from discovr_monai.weights.files import read_checkpoint
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "discovr"
-VARIANTS = {
-    "default": [],
-    "paper_head": ["--video_head_def#norm", "none"],
-    "sinkhorn": ["--video_head_def#norm", "none", "--loss#terms#video#centring", "sinkhorn"],
-    "batch_and_sinkhorn": ["--loss#terms#video#centring", "sinkhorn"],
-    "batch_and_centre": [
-        "--teacher_temperature_schedule#start",
-        "0.04",
-        "--teacher_temperature_schedule#end",
-        "0.07",
-    ],
-    "sharp": ["--teacher_temperature_schedule#start", "0.03"],
-    "sharp_sinkhorn": [
-        "--loss#terms#video#centring",
-        "sinkhorn",
-        "--teacher_temperature_schedule#start",
-        "0.03",
-    ],
-    "every_frame": ["--network_def#image_frame_step", "1"],
-    "higher_lr": ["--lr", "1e-3"],
+NO_NORM = ["--video_head_def#norm", "none"]
+SINKHORN = ["--loss#terms#video#centring", "sinkhorn"]
+START, END = (f"--teacher_temperature_schedule#{end}" for end in ("start", "end"))
+VARIANTS = {  # of the demo preset, whose head has a batch norm
+    "paper_head": NO_NORM,
+    "sinkhorn": [*NO_NORM, *SINKHORN],
+    "batch_and_sinkhorn": SINKHORN,
+    "batch_and_centre": [START, "0.04", END, "0.07"],
+    "sharp": [START, "0.03"],
+    "sharp_sinkhorn": [*SINKHORN, START, "0.03"],
 }
 FIGURES = (
     "video_entropy", "image_entropy", "video_information", "image_information",
@@ -74,13 +64,13 @@ def train(name: str, data: Path, out: Path, epochs: int) -> float:
 
 def last_figures(out: Path) -> dict[str, float]:
     """Mean of the last five records of each figure."""
-    found = {}
+    figures = {}
     with sqlite3.connect(out / "mlruns.db") as store:
         for key in FIGURES:
             query = "select value from metrics where key = ? order by step desc limit 5"
             values = [v for (v,) in store.execute(query, (key,))]
-            found[key] = float(np.mean(values)) if values else float("nan")
-    return found
+            figures[key] = float(np.mean(values)) if values else float("nan")
+    return figures
 
 
 @torch.no_grad()
@@ -129,10 +119,10 @@ def parse(data: Path, out: Path, name: str) -> ConfigParser:
 
 def evaluate(network: torch.nn.Module, parser: ConfigParser, sections: dict) -> str:
     """Probe results of CLS and mean tokens."""
-    found = {s: features(network, parser, sections[s]) for s in ("training", "test")}
+    pooled = {s: features(network, parser, sections[s]) for s in ("training", "test")}
     ef = np.array([r["ef"] for r in sections["training"]])
     parts = [
-        f"{pool} {probe(found['training'][pool], ef, found['test'][pool], sections['test'])}"
+        f"{pool} {probe(pooled['training'][pool], ef, pooled['test'][pool], sections['test'])}"
         for pool in ("cls", "mean")
     ]
     return "R2 of EF: " + ", ".join(parts)

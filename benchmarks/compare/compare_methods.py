@@ -49,9 +49,9 @@ def make_data(plan: dict[str, Any], folder: Path) -> None:
         settings = dict(settings)
         split = settings.pop("sections")
         write_phantom_dataset(folder / part, num_clips=settings.pop("clips"), **settings)
-        found = json.loads((folder / part / "datalist.json").read_text())
+        datalist = json.loads((folder / part / "datalist.json").read_text())
         for section, sources in split.items():
-            for row in (r for s in sources for r in found[s]):
+            for row in (r for s in sources for r in datalist[s]):
                 place = {k: f"{part}/{row[k]}" for k in ("image", "mask")}
                 sections.setdefault(section, []).append(
                     {**row, **place, "patient": f"{part}-{row['patient']}"}
@@ -131,14 +131,14 @@ def evaluate(
     from monai.bundle import ConfigParser
     from monai.utils import set_determinism
 
-    found = {}
+    by_task = {}
     branch, other = method.get("branch", "video_teacher"), method.get("evaluation", {})
     for task, settings in plan["evaluation"]["tasks"].items():
         settings = {**settings, **{k: v for k, v in other.items() if k in settings}}
         key = digest({**plan["evaluation"]["common"], **settings, "training": plan["training"]})
         kept = out / f"{task}-{key}.json"
         if kept.exists():
-            found[task] = json.loads(kept.read_text())
+            by_task[task] = json.loads(kept.read_text())
             continue
         parser = ConfigParser()
         parser.read_config(str(BUNDLE / "configs" / f"{task}.yaml"))
@@ -160,11 +160,11 @@ def evaluate(
         set_determinism(0)
         content = parser.get_parsed_content("evaluation").run()
         predictions = parser.get_parsed_content("results").predictions
-        found[task] = {"results": content["results"], "predictions": _columns(task, predictions)}
-        kept.write_text(json.dumps(found[task]))
+        by_task[task] = {"results": content["results"], "predictions": _columns(task, predictions)}
+        kept.write_text(json.dumps(by_task[task]))
     data = _rows(work)
     sections = plan["evaluation"]["common"]["test_sections"]
-    return {"tasks": found, "patients": {s: _owners(data[s]) for s in sections}}
+    return {"tasks": by_task, "patients": {s: _owners(data[s]) for s in sections}}
 
 
 def _rows(work: Path) -> dict[str, list]:
@@ -198,13 +198,13 @@ def finished(name: str, seed: int, plan: dict[str, Any]) -> bool:
 
 def open_groups(plan: dict[str, Any], only: list[str] | None) -> list[tuple[str, int]]:
     """(checkpoint, seed) of what is not done, the first seed of every method first."""
-    found: dict[tuple[int, str, int], None] = {}
+    jobs: dict[tuple[int, str, int], None] = {}
     seeds = plan["size"]["seeds"]
     for name, method in plan["methods"].items():
         for number, seed in enumerate(method.get("seeds", seeds)[: len(seeds)]):
             if (only is None or name in only) and not finished(name, seed, plan):
-                found[number, method.get("checkpoint", name), seed] = None
-    return [(source, seed) for _, source, seed in sorted(found, key=lambda job: job[0])]
+                jobs[number, method.get("checkpoint", name), seed] = None
+    return [(source, seed) for _, source, seed in sorted(jobs, key=lambda job: job[0])]
 
 
 def run_group(size: str, plan: dict[str, Any], work: Path, source: str, seed: int) -> None:

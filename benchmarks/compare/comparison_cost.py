@@ -46,14 +46,14 @@ def main() -> None:
     trained = [
         n for n, m in plan["methods"].items() if m.get("train", True) and "checkpoint" not in m
     ]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in trained}
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in trained}
     if not (options.work / "data" / "datalist.json").exists():
         parser.error(f"--work {options.work} has no data: compare_methods.py run makes it")
     for number in range(2):
         for name in trained if number else reversed(trained):
-            found[name].append(child(name, options.work, options.steps))
-            print(f"{name}: {statistics.median(found[name][-1]['seconds']):.3f} s", flush=True)
-    cost = {name: summary(rounds) for name, rounds in found.items()}
+            measured[name].append(child(name, options.work, options.steps))
+            print(f"{name}: {statistics.median(measured[name][-1]['seconds']):.3f} s", flush=True)
+    cost = {name: summary(rounds) for name, rounds in measured.items()}
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]

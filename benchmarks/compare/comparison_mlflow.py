@@ -38,22 +38,22 @@ def log_comparison(files: list[Path], store: str) -> int:
     """
     plan = protocol("recorded")
     for file in files:
-        found = json.loads(file.read_text())
-        method = plan["methods"][found["method"]]
-        identity = f"{found['method']}-{found['seed']}-{found['protocol']}"
+        result = json.loads(file.read_text())
+        method = plan["methods"][result["method"]]
+        identity = f"{result['method']}-{result['seed']}-{result['protocol']}"
         settings = {
             "checkpoint": hashlib.sha256(identity.encode()).hexdigest()[:16],
             "branch": method.get("branch", "video_teacher"),
-            "data": found["protocol"],
+            "data": result["protocol"],
             "training": {
-                "preset": found["method"],
-                "seed": found["seed"],
+                "preset": result["method"],
+                "seed": result["seed"],
                 "title": method["title"],
                 "epochs": plan["size"]["epochs"] if method.get("train", True) else 0,
                 "cines": plan["data"]["develop"]["clips"],
             },
         }
-        for task, content in found["tasks"].items():
+        for task, content in result["tasks"].items():
             _log(store, task, settings, content["results"])
     return len(files)
 

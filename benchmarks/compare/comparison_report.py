@@ -76,8 +76,8 @@ def draws(
     common = plan["evaluation"]["common"]
     weights = bootstrap_weights(patients, common["bootstrap_draws"], seed=0)
     weights = np.concatenate((np.ones((1, len(patients))), weights))
-    found = [r["tasks"][task]["predictions"][f"{section}, {method}"] for r in runs]
-    return np.mean([figure(columns, weights) for columns in found], axis=0)
+    predictions = [r["tasks"][task]["predictions"][f"{section}, {method}"] for r in runs]
+    return np.mean([figure(columns, weights) for columns in predictions], axis=0)
 
 
 def _cell(values: np.ndarray, percent: bool = False) -> str:
@@ -94,20 +94,21 @@ def _main_table(runs: Runs, plan: dict[str, Any], section: str) -> list[str]:
         f"| method | seeds | {' | '.join(COLUMNS)} |",
         f"| --- | --- |{' --- |' * len(COLUMNS)}",
     ]
-    for name, found in runs.items():
-        cells = [_cell(draws(found, section, c, plan), c == "LVEF MAE") for c in COLUMNS]
+    for name, per_seed in runs.items():
+        cells = [_cell(draws(per_seed, section, c, plan), c == "LVEF MAE") for c in COLUMNS]
         title = plan["methods"][name]["title"]
-        lines.append(f"| {title} | {len(found)} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {len(per_seed)} | {' | '.join(cells)} |")
     return lines
 
 
 def _spread_table(runs: Runs, plan: dict[str, Any]) -> list[str]:
     """The value of each seed, for the methods that have several."""
     lines = [f"| method | {' | '.join(COLUMNS)} |", f"| --- |{' --- |' * len(COLUMNS)}"]
-    for name, found in runs.items():
-        if len(found) > 1:
+    for name, per_seed in runs.items():
+        if len(per_seed) > 1:
             cells = [
-                ", ".join(f"{draws([r], 'test', c, plan)[0]:.3g}" for r in found) for c in COLUMNS
+                ", ".join(f"{draws([r], 'test', c, plan)[0]:.3g}" for r in per_seed)
+                for c in COLUMNS
             ]
             lines.append(f"| {plan['methods'][name]['title']} | {' | '.join(cells)} |")
     return lines
@@ -115,13 +116,13 @@ def _spread_table(runs: Runs, plan: dict[str, Any]) -> list[str]:
 
 def _difference_table(runs: Runs, plan: dict[str, Any], section: str) -> list[str]:
     lines = [f"| DISCOVR against | {' | '.join(COMPARED)} |", f"| --- |{' --- |' * len(COMPARED)}"]
-    for name, found in runs.items():
+    for name, per_seed in runs.items():
         if name == "discovr":
             continue
         cells = []
         for column in COMPARED:
             gap = draws(runs["discovr"], section, column, plan) - draws(
-                found, section, column, plan
+                per_seed, section, column, plan
             )
             gap = gap if COLUMNS[column][3] else -gap
             low, high = np.nanpercentile(gap[1:], [2.5, 97.5])
@@ -148,17 +149,17 @@ def _cost_table(runs: Runs, plan: dict[str, Any], measured: Path) -> list[str]:
         "| method | pretraining (min) | a step (s) | peak memory (GiB) | evaluation (min) |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name, found in runs.items():
-        evaluated = np.mean([r["evaluation_seconds"] for r in found]) / 60
-        cells = _cost(found) if cost is None else _step_cost(cost["methods"].get(name))
+    for name, per_seed in runs.items():
+        evaluated = np.mean([r["evaluation_seconds"] for r in per_seed]) / 60
+        cells = _cost(per_seed) if cost is None else _step_cost(cost["methods"].get(name))
         title = plan["methods"][name]["title"]
         lines.append(f"| {title} | {' | '.join(cells)} | {evaluated:.1f} |")
     return lines
 
 
-def _cost(found: list[dict[str, Any]]) -> list[str]:
-    minutes = [r["pretraining_seconds"] / 60 for r in found if r.get("pretraining_seconds")]
-    memory = [r["pretraining_gib"] for r in found if r.get("pretraining_gib")]
+def _cost(per_seed: list[dict[str, Any]]) -> list[str]:
+    minutes = [r["pretraining_seconds"] / 60 for r in per_seed if r.get("pretraining_seconds")]
+    memory = [r["pretraining_gib"] for r in per_seed if r.get("pretraining_gib")]
     return [
         f"{np.mean(minutes):.1f}" if minutes else "-",
         "-",
@@ -192,10 +193,10 @@ def _picture(runs: Runs, plan: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(COLUMNS), figsize=(17, 0.36 * len(runs) + 1.2), sharey=True)
     for axis, column in zip(axes, COLUMNS, strict=True):
-        for place, found in enumerate(runs.values()):
-            values = draws(found, "test", column, plan)
+        for place, per_seed in enumerate(runs.values()):
+            values = draws(per_seed, "test", column, plan)
             low, high = np.nanpercentile(values[1:], [2.5, 97.5])
-            colour = "C1" if found[0]["method"] == "discovr" else "C0"
+            colour = "C1" if per_seed[0]["method"] == "discovr" else "C0"
             axis.barh(place, values[0], color=colour)
             axis.plot([low, high], [place, place], color="black", lw=1)
         axis.set_title(column + ("" if COLUMNS[column][3] else " (lower is better)"), fontsize=10)
@@ -212,9 +213,9 @@ def _missing(runs: Runs, plan: dict[str, Any]) -> list[str]:
     lacking = []
     for name, method in plan["methods"].items():
         seeds = plan["size"]["seeds"]
-        wanted, found = len(method.get("seeds", seeds)[: len(seeds)]), len(runs.get(name, []))
-        if found < wanted:
-            lacking.append(f"{method['title']} ({found} of {wanted} seeds)")
+        wanted, finished = len(method.get("seeds", seeds)[: len(seeds)]), len(runs.get(name, []))
+        if finished < wanted:
+            lacking.append(f"{method['title']} ({finished} of {wanted} seeds)")
     return [f"**Not finished yet:** {', '.join(lacking)}.", ""] if lacking else []
 
 

@@ -33,7 +33,7 @@ def features(ckpt: Path, branch: str, loader: LoadCined, rows: list[dict]) -> di
     """Name of a pooling -> (M, D)."""
     encoder = EvaluatedEncoder(ckpt, branch)
     sample = SampleClipd(num_frames=encoder.num_frames, num_clips=2, stride=encoder.clip["stride"])
-    found: dict[str, list[np.ndarray]] = {}
+    vectors: dict[str, list[np.ndarray]] = {}
     for row in tqdm(rows, desc=f"{ckpt.parent.name} {branch}", unit="cine"):
         clips = sample(loader(dict(row)))["image"]
         ready = encoder.prepare({"image": clips}, encoder.device)
@@ -48,8 +48,8 @@ def features(ckpt: Path, branch: str, loader: LoadCined, rows: list[dict]) -> di
             ("mean of the deviation over time", moving.mean((0, 1))),
             ("motion (the deviation on 4 x 4 places)", pooled["motion"].mean(0)),
         ):
-            found.setdefault(name, []).append(value.numpy())
-    return {name: np.stack(values) for name, values in found.items()}
+            vectors.setdefault(name, []).append(value.numpy())
+    return {name: np.stack(values) for name, values in vectors.items()}
 
 
 def score(

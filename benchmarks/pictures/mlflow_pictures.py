@@ -54,9 +54,9 @@ def main() -> None:
     parser.add_argument("--server", default="http://127.0.0.1:5000")
     options = parser.parse_args()
     with sync_playwright() as playwright:
-        found = shutil.which("chromium") or playwright.chromium.executable_path
+        chromium = shutil.which("chromium") or playwright.chromium.executable_path
         browser = playwright.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--disable-gpu"]
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
         )
         page = browser.new_page(viewport={"width": 1280, "height": 880})
         page.set_default_timeout(PATIENCE)

@@ -45,13 +45,13 @@ def describe(name: str, frames: np.ndarray, sector: np.ndarray) -> np.ndarray:
 
 def patch_snr(frames: np.ndarray, sector: np.ndarray) -> float:
     """Median mean / sd over the bright 8 x 8 patches of the first frame inside the sector."""
-    found = []
+    ratios = []
     for y in range(0, sector.shape[0] - 8, 8):
         for x in range(0, sector.shape[1] - 8, 8):
             patch = frames[0, y : y + 8, x : x + 8].astype(float)
             if sector[y : y + 8, x : x + 8].all() and patch.mean() > frames[0][sector].mean():
-                found.append(patch.mean() / max(patch.std(), 1e-9))
-    return float(np.median(found))
+                ratios.append(patch.mean() / max(patch.std(), 1e-9))
+    return float(np.median(ratios))
 
 
 def envelope_snr() -> float:
@@ -128,8 +128,8 @@ def main() -> None:
     }
     print(f"phantom's envelope in a uniform region: SNR {envelope_snr():.2f} (theory 1.91)")
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for name, found in values.items():
-        axis.hist(found, 64, range=(0, 255), density=True, histtype="step", label=name)
+    for name, intensities in values.items():
+        axis.hist(intensities, 64, range=(0, 255), density=True, histtype="step", label=name)
     axis.set(xlabel="intensity", ylabel="density", title="Intensity inside the sector")
     axis.legend()
     figure.savefig(IMAGES / "phantom_histogram.png", dpi=80)

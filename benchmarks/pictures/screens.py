@@ -78,14 +78,14 @@ def main() -> None:
         draw()
         return
     with ProcessPoolExecutor(2) as pool:
-        found = list(pool.map(measure, range(options.screens)))
-    overlap = np.array([value for _, value, _ in found])
-    worst = min(found, key=lambda item: item[1])
+        screens = list(pool.map(measure, range(options.screens)))
+    overlap = np.array([value for _, value, _ in screens])
+    worst = min(screens, key=lambda item: item[1])
     print(
-        f"{len(found)} screens: overlap with the truth at least {overlap.min():.3f} "
+        f"{len(screens)} screens: overlap with the truth at least {overlap.min():.3f} "
         f"(seed {worst[0]}), median {np.median(overlap):.3f}; below 0.97: {(overlap < 0.97).sum()}"
     )
-    print(f"overlay pixels that survive: {sum(item[2] for item in found)}")
+    print(f"overlay pixels that survive: {sum(item[2] for item in screens)}")
 
 
 if __name__ == "__main__":

@@ -76,15 +76,15 @@ def draw_segments(axes: Any, names: list[str]) -> None:
 
 def draw_areas(axes: Any, params: dict[str, Any], names: list[str]) -> None:
     """Areas over time, with ED and ES."""
-    found = params["area_over_time"]
-    seconds = found["seconds"] or range(params["frames"])
+    areas = params["area_over_time"]
+    seconds = areas["seconds"] or range(params["frames"])
     for name, colour in zip(names, SEGMENTS, strict=True):
-        axes.plot(seconds, found[name], color=colour, lw=2.4)
+        axes.plot(seconds, areas[name], color=colour, lw=2.4)
     for frame, word in ((params["ed_frame"], "ED"), (params["es_frame"], "ES")):
         axes.axvline(seconds[frame], color=RED, lw=1)
         axes.text(seconds[frame], 0.02, f" {word}", transform=axes.get_xaxis_transform(), color=RED)
-    unit = "cm²" if found["unit"] == "cm2" else found["unit"]
-    axes.set(xlabel="seconds" if found["seconds"] else "frame", ylabel=f"area ({unit})")
+    unit = "cm²" if areas["unit"] == "cm2" else areas["unit"]
+    axes.set(xlabel="seconds" if areas["seconds"] else "frame", ylabel=f"area ({unit})")
     axes.set_ylim(0, None)
     axes.set_title("area_over_time, in the params")
 

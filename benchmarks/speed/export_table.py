@@ -147,11 +147,11 @@ def ways(model: EchoModel, folder: Path) -> dict[str, Run]:
         with torch.autocast("cpu", torch.bfloat16):
             return fp32(clip)
 
-    found: dict[str, Run] = dict(zip(WAYS, (fp32, bf16), strict=False))
+    runs: dict[str, Run] = dict(zip(WAYS, (fp32, bf16), strict=False))
     for row, name in WAYS.items():
         if name is not None:
-            found[row] = open_exported(folder / f"embedding{FORMATS[name]}", name)
-    return found
+            runs[row] = open_exported(folder / f"embedding{FORMATS[name]}", name)
+    return runs
 
 
 def speed(model: EchoModel, folder: Path, options: argparse.Namespace) -> list[str]:
@@ -212,25 +212,25 @@ def accuracy(model: EchoModel, file: Path, folder: Path, options: argparse.Names
     root, rows = find_cines(options.dataset_dir, None, options.section)
     loader = LoadCined(root=root, size=model.clip_shape[2])
     reader = CineReader(loader, model.clip_shape[1], model.about["clip"], 3, 0.5)
-    found: dict[str, dict[str, Any]] = {"onnx": {}, "int8": {}}
+    exported_runs: dict[str, dict[str, Any]] = {"onnx": {}, "int8": {}}
     for kind in model.heads:
         try:
-            export_model(file, folder, tuple(found), (kind,))
+            export_model(file, folder, tuple(exported_runs), (kind,))
         except ExportError as error:
             print(error)
-    for name, runs in found.items():
+    for name, runs in exported_runs.items():
         for kind in ("embedding", *model.heads):
             if (exported := folder / f"{kind}{FORMATS[name]}").is_file():
                 runs[kind] = open_exported(exported, name)
-    scores: dict[str, dict[str, list[float]]] = {n: {"ef": [], "dice": []} for n in found}
+    scores: dict[str, dict[str, list[float]]] = {n: {"ef": [], "dice": []} for n in exported_runs}
     cosines = []
     for number, row in enumerate(tqdm(rows, desc=options.section, unit="cine")):
         seen = reader({**row, "id": str(number)}).get("seen")
         if seen is None:
             continue
-        embeddings = [_mean(runs["embedding"], model, seen) for runs in found.values()]
+        embeddings = [_mean(runs["embedding"], model, seen) for runs in exported_runs.values()]
         cosines.append(float(torch.cosine_similarity(*embeddings, 0)))
-        for name, runs in found.items():
+        for name, runs in exported_runs.items():
             if "ef" in runs and row.get("ef") is not None:
                 ef = float(_mean(runs["ef"], model, seen).clamp(0, 100))
                 scores[name]["ef"].append(abs(ef - row["ef"]))
@@ -271,8 +271,8 @@ def _dice(run: Run, model: EchoModel, seen: Seen, root: Path) -> float:
     labels = label_frames(Labeller(run), seen.cine, clips, truth.shape[-1], _prepare(model), 1)  # type: ignore[arg-type]
     known = [row.get(key) for key in ("ed_frame", "es_frame") if row.get(key) is not None]
     known = known or np.flatnonzero(truth.any((1, 2))).tolist()
-    found = [dice(truth[frame] == 1, labels[frame] == 1) for frame in known]
-    return float(np.mean(found)) if found else float("nan")
+    dices = [dice(truth[frame] == 1, labels[frame] == 1) for frame in known]
+    return float(np.mean(dices)) if dices else float("nan")
 
 
 if __name__ == "__main__":

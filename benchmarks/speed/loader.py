@@ -1,4 +1,4 @@
-"""Does the loader keep up? Ratios within one run; see also video_backend.py for decoding.
+"""Does loading keep up with training? See also video_backend.py, for decoding.
 
     python benchmarks/speed/loader.py                 all parts, about 5 minutes
     python benchmarks/speed/loader.py store memory    some of them
@@ -58,14 +58,14 @@ def transform(folder: Path, crop: bool = False, store: CineStore | None = None) 
 
 
 def alternated(ways: dict[str, Callable[[int], object]], rounds: int = 60) -> dict[str, np.ndarray]:
-    """Seconds of each way, in turns."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    """Seconds of each call; the ways take turns."""
+    timings: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(rounds):
         for name, way in ways.items():
             start = time.perf_counter()
             way(i)
-            found[name].append(time.perf_counter() - start)
-    return {name: np.array(seconds) for name, seconds in found.items()}
+            timings[name].append(time.perf_counter() - start)
+    return {name: np.array(seconds) for name, seconds in timings.items()}
 
 
 def show(seconds: np.ndarray) -> str:
@@ -75,7 +75,7 @@ def show(seconds: np.ndarray) -> str:
 
 
 def store(root: Path, rows: list[dict]) -> None:
-    """Prepared against decoded."""
+    """Prints how much faster than from AVI a clip comes from prepared cines, shards, a cache."""
     shards = json.loads((root / "shards" / "datalist.json").read_text())["training"]
     decode = transform(root / "videos")
     ready, packed = transform(root / "prepared"), transform(root / "shards")
@@ -83,7 +83,7 @@ def store(root: Path, rows: list[dict]) -> None:
     names = [{"image": f"{i}.avi"} for i in range(CINES)]
     for row in names:
         cached(dict(row))
-    found = alternated(
+    timings = alternated(
         {
             "decoded AVI": lambda i: decode(dict(names[i % CINES])),
             "cached by training": lambda i: cached(dict(names[i % CINES])),
@@ -92,8 +92,8 @@ def store(root: Path, rows: list[dict]) -> None:
         }
     )
     print(f"a clip of {CLIP} frames (stride {STRIDE}) of a cine of {FRAMES}, 112 x 112:")
-    for name, seconds in found.items():
-        ratio = float(np.median(found["decoded AVI"] / seconds))
+    for name, seconds in timings.items():
+        ratio = float(np.median(timings["decoded AVI"] / seconds))
         print(f"  {name:20s}{show(seconds)}  {ratio:6.1f} x as fast as decoding")
 
 
@@ -109,23 +109,23 @@ def wait(root: Path, rows: list[dict]) -> None:
         with torch.inference_mode():
             teacher(batch)
 
-    found = alternated(
+    timings = alternated(
         {"load": lambda i: [clips[(0, (2 * i + k) % CINES)] for k in range(2)], "teacher": forward},
         rounds=3,
     )
-    share = float(np.median(found["load"] / found["teacher"]))
+    share = float(np.median(timings["load"] / timings["teacher"]))
     print("a batch of 2 clips at paper size, loaded by the training process itself:")
-    print(f"  loading          {show(found['load'])}")
-    print(f"  teacher's forward{show(found['teacher'])}  (ViT-S, fp32; the step does far more)")
+    print(f"  loading          {show(timings['load'])}")
+    print(f"  teacher's forward{show(timings['teacher'])}  (ViT-S, fp32; the step does far more)")
     print(f"  loading is {100 * share:.2f} % of this one part of the step")
 
 
 def gpu(root: Path, rows: list[dict]) -> None:
-    """What 500 clips/s would take."""
+    """Prints how many processes and how much disk 500 clips/s need."""
     shards = json.loads((root / "shards" / "datalist.json").read_text())["training"]
     plain = transform(root / "shards")
     cropped = transform(root / "shards", crop=True)
-    found = alternated(
+    timings = alternated(
         {
             "clip": lambda i: plain(dict(shards[i % CINES])),
             "clip and crop": lambda i: cropped(dict(shards[i % CINES])),
@@ -133,7 +133,7 @@ def gpu(root: Path, rows: list[dict]) -> None:
         rounds=120,
     )
     print("one loading process, from shards:")
-    for name, seconds in found.items():
+    for name, seconds in timings.items():
         rate = 1 / float(np.median(seconds))
         print(
             f"  {name:14s}{show(seconds)}  {rate:6.0f} clips/s, 500 need {500 / rate:.1f} processes"
@@ -147,7 +147,7 @@ def gpu(root: Path, rows: list[dict]) -> None:
 
 
 def memory(root: Path, rows: list[dict], clips: int = 100_000) -> None:
-    """Resident memory while an epoch of 100,000 clips goes by."""
+    """Prints how private memory grows over an epoch of 100,000 clips."""
     shards = json.loads((root / "shards" / "datalist.json").read_text())["training"]
     many = [shards[i % CINES] for i in range(clips)]
     steps = [

@@ -32,12 +32,12 @@ def main() -> None:
     built = time.perf_counter() - start
     exact = Neighbours(rows, exact=True)
     took = {}
-    found = {}
+    neighbours = {}
     for name, search in (("graph", graph), ("exact", exact)):
         start = time.perf_counter()
-        found[name], _ = search(queries, 10)
+        neighbours[name], _ = search(queries, 10)
         took[name] = (time.perf_counter() - start) / len(queries)
-    pairs = zip(found["graph"], found["exact"], strict=True)
+    pairs = zip(neighbours["graph"], neighbours["exact"], strict=True)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in pairs])
     print(f"{options.rows} rows of {options.width}: built in {built:.0f} s")
     print(

@@ -1,4 +1,4 @@
-"""Peak memory of a step, measured in a process of its own; our options on top of the config.
+"""Peak memory of a step in a process of its own, and what the rows of --options stand for.
 
 python benchmarks/speed/step_memory.py JSON     used by train_step.py; prints the bytes
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from step_setup import build, step
 
-OPTIONS = {  # a part of an option row -> its value
+OPTIONS = {  # form of one part of an option row -> type of the value in its group
     r"image_frame_step=([2-9]|[1-9]\d+)": int,
     r"teacher_keep=(0?\.\d*[1-9]\d*)": float,
     r"num_views=([1-9]\d*)": int,
@@ -32,14 +32,17 @@ KNOWN = (
 
 
 def memory_ratios(size: str, precisions: list[str], common: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of both formulations and plain / ours; memory_ratio is of the first precision."""
-    found: dict[str, Any] = {"memory_bytes": {}}
+    """Bytes of both formulations, and their ratios plain / ours.
+
+    "memory_ratio" is that of the first precision.
+    """
+    memory: dict[str, Any] = {"memory_bytes": {}}
     for precision in precisions:
         job = {"size": size, "precision": precision} | common
         ours, plain = peak_of(job), peak_of(job | {"plain": True})
-        found["memory_bytes"] |= {f"ours_{precision}": ours, f"plain_{precision}": plain}
-        found[f"memory_ratio_{precision}"] = plain / ours
-    return found | {"memory_ratio": found[f"memory_ratio_{precisions[0]}"]}
+        memory["memory_bytes"] |= {f"ours_{precision}": ours, f"plain_{precision}": plain}
+        memory[f"memory_ratio_{precision}"] = plain / ours
+    return memory | {"memory_ratio": memory[f"memory_ratio_{precisions[0]}"]}
 
 
 def peak_of(job: dict[str, Any]) -> float:
@@ -51,7 +54,7 @@ def peak_of(job: dict[str, Any]) -> float:
 
 
 def peak_memory(job: dict[str, Any]) -> float:
-    """Bytes that building the trainer and two steps of it add to this process, or to the GPU."""
+    """Bytes by which building a trainer and two steps raise this process's peak, or the GPU's."""
     option = job.pop("option", None)
     settings, times = settings_of(option) if option else ({}, 1)
     job["batch"] *= times
@@ -86,17 +89,17 @@ def settings_of(option: str) -> tuple[dict[str, Any], int]:
     Raises:
         ValueError: for what is no option, naming those there are.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for part in option.split(","):
         matches = ((re.fullmatch(form, part), value) for form, value in OPTIONS.items())
         name = part.partition("=")[0]
         for match, value in matches:
-            if match and name not in found:
-                found[name] = value(match[1])
+            if match and name not in settings:
+                settings[name] = value(match[1])
                 break
         else:
             raise ValueError(f"--options {option}: know {KNOWN}")
-    return found, found.pop("batch", 1)
+    return settings, settings.pop("batch", 1)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def matrix_peak(precision: str, device: torch.device, *, quick: bool = False) ->
 def parts(trainer: DiscovrTrainer, batch: Batch) -> dict[str, Part]:
     """Part -> a call that does its forward and, where it trains, its backward.
 
-    Each is fed what the part before it gave, so that it works on the step's own shapes, types
-    and values. Gradients start from None, as in the step.
+    Each part gets the output of the part before it, so it works on the step's own shapes, types
+    and values. As in the step, gradients are None before backward.
     """
     network = unwrap(trainer.network)
     clip, masks = _data(trainer, batch)
@@ -207,14 +207,14 @@ def _updates(trainer: DiscovrTrainer, network: Discovr, out: Any) -> dict[str, P
 
 
 def time_parts(trainer: DiscovrTrainer, batch: Batch, repeats: int) -> dict[str, float]:
-    """Part -> median seconds by itself, the parts taken in turns after one warm-up."""
+    """Part -> median seconds. The parts take turns; the first round only warms up."""
     device = torch.device(trainer.state.device)
     calls = parts(trainer, batch)
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    timings: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(repeats + 1):
         for name, call in calls.items():
             start = now(device)
             call()
             if round_number:
-                found[name].append(now(device) - start)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+                timings[name].append(now(device) - start)
+    return {name: statistics.median(seconds) for name, seconds in timings.items()}

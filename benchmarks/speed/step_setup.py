@@ -14,7 +14,7 @@ from discovr_monai.training.trainer import DiscovrTrainer
 
 CONFIGS = Path(__file__).parents[2] / "bundles" / "discovr" / "configs"
 SIZES = {"S": "small", "B": "paper"}  # the config of each
-QUICK = {  # same parts, seconds instead of minutes
+QUICK = {  # has the same parts, but takes seconds instead of minutes
     "image_size": 32,
     "num_frames": 8,
     "embed_dim": 48,
@@ -42,18 +42,15 @@ def build(
     precision: str = "fp32",
     **settings: Any,
 ) -> tuple[DiscovrTrainer, Batch]:
-    """A trainer whose weights depend on the size only, and the batch that it is fed.
+    """A trainer whose weights depend only on the size, and the batch that it is fed.
 
     Args:
         size: a key of SIZES.
-        batch: clips.
-        plain: the plain formulation instead of ours.
+        batch: clips of noise, (batch, 1, T, H, W) uint8.
+        plain: builds the plain formulation (plain_step.py) instead of ours.
         quick: tiny sizes.
         device, precision: as in the config.
         settings: other keys of the config.
-
-    Returns:
-        The trainer, and a batch of (batch, 1, T, H, W) uint8 clips of noise.
     """
     from plain_step import PlainDiscovr, unfuse
 
@@ -102,7 +99,7 @@ def step(trainer: DiscovrTrainer, batch: Batch) -> dict[str, float]:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what was asked of it."""
+    """A clock in seconds, read once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -110,13 +107,13 @@ def now(device: torch.device) -> float:
 
 def difference(trainer: DiscovrTrainer, other: DiscovrTrainer) -> dict[str, float]:
     """Parameter -> |difference of its gradients| / |the other's gradient|, Euclidean norms."""
-    found = {}
+    relative = {}
     ours = dict(trainer.network.named_parameters())
     for name, parameter in other.network.named_parameters():
         mine, theirs = ours[name].grad, parameter.grad
         if (mine is None) != (theirs is None):
-            found[name] = float("inf")
+            relative[name] = float("inf")
         elif mine is not None and theirs is not None:
             length = theirs.norm().clamp_min(torch.finfo(theirs.dtype).tiny)
-            found[name] = float((mine - theirs).norm() / length)
-    return found
+            relative[name] = float((mine - theirs).norm() / length)
+    return relative

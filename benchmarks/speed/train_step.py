@@ -1,4 +1,4 @@
-"""Our pretraining step against the plain formulation of it, and against what the machine can do.
+"""Compares our pretraining step with a plain formulation of it, and with the machine's peak.
 
     python benchmarks/speed/train_step.py            ViT-S and ViT-B, batch 2, fp32 and bf16
     python benchmarks/speed/train_step.py --sizes S --precisions bf16 --repeats 9
@@ -6,11 +6,11 @@
     python benchmarks/speed/train_step.py --options image_frame_step=4 num_views=2,batch=2x compile
     python benchmarks/speed/train_step.py --quick             tiny sizes, seconds, to try it out
 
-plain_step.py is the plain formulation and says what differs; operations.py counts what a step
-needs. The two take turns in one process (ratios are of the steps of one round), their memory is
-measured in processes of their own. Writes OUT/bench.json and prints its tables; --docs also puts
-them into docs/performance.md, with --options those of the options only. Measure on a machine that
-does nothing else.
+plain_step.py is the plain formulation and says what differs; operations.py counts the operations
+that a step needs. Both formulations take turns in one process, and a ratio compares the steps of
+one round. Their memory is measured in a process for each. The script writes OUT/bench.json and
+prints its tables. --docs also puts them into docs/performance.md: all tables, or with --options
+only those of the options. Measure on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def main() -> None:
         bench["sizes"][size] = measure(size, options, common, bench["peaks"]) | memory
         save(bench, file)
         for option in options.options:
-            found = bench["sizes"][size].setdefault("options", {})
-            found[option] = measure_option(size, option, options, common)
+            figures = bench["sizes"][size].setdefault("options", {})
+            figures[option] = measure_option(size, option, options, common)
             save(bench, file)
     print(tables(bench))
     if options.docs and options.options:
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device asked for; says plainly where there is no GPU."""
+    """The device asked for; prints a line if "auto" finds no GPU."""
     if torch.cuda.is_available() and name != "cpu":
         return torch.device("cuda")
     if name == "cuda":
@@ -146,7 +146,7 @@ def measure(
         name: build(size, plain=name == "plain", precision=options.precisions[0], **common)
         for name in FORMULATIONS
     }
-    found: dict[str, Any] = {"seconds": {}}
+    figures: dict[str, Any] = {"seconds": {}}
     seconds: Seconds = {f"{n}_{p}": [] for p in options.precisions for n in FORMULATIONS}
     for number in range(options.repeats + 1):
         for precision in options.precisions:
@@ -161,21 +161,21 @@ def measure(
                     spent = now(trainer.state.device) - start
                     seconds[f"{name}_{precision}"].append(spent)
             if not number and precision == options.precisions[0] == "fp32":
-                found["equal"] = agreement(losses, *(trainers[n][0] for n in FORMULATIONS))
+                figures["equal"] = agreement(losses, *(trainers[n][0] for n in FORMULATIONS))
     for name, values in seconds.items():
-        found["seconds"][name] = spread(values)
-    found |= ratios(seconds)
+        figures["seconds"][name] = spread(values)
+    figures |= ratios(seconds)
     del trainers["plain"], trainer, batch
     gc.collect()
-    found["parts"] = {}
+    figures["parts"] = {}
     for precision in options.precisions:
         trainer, batch = trainers["ours"]
         trainer.precision = precision
-        found |= shares(trainer, precision, options, seconds[f"ours_{precision}"], peak)
-        found["parts"][precision] = part_rows(
-            trainer, batch, precision, options, peak, found["seconds"][f"ours_{precision}"]
+        figures |= shares(trainer, precision, options, seconds[f"ours_{precision}"], peak)
+        figures["parts"][precision] = part_rows(
+            trainer, batch, precision, options, peak, figures["seconds"][f"ours_{precision}"]
         )
-    return found
+    return figures
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -184,25 +184,25 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratios(seconds: Seconds) -> dict[str, Any]:
-    """Plain / ours, of the steps of each round: above 1, ours is faster."""
+    """Median and range of plain / ours over the rounds; above 1, ours is faster."""
     pairs = {
         "ratio_fp32": ("plain_fp32", "ours_fp32"),
         "ratio_bf16": ("plain_bf16", "ours_bf16"),
         "ratio_plain_fp32_to_ours_bf16": ("plain_fp32", "ours_bf16"),
     }
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for key, (plain, ours) in pairs.items():
         if plain in seconds and ours in seconds:
             values = [a / b for a, b in zip(seconds[plain], seconds[ours], strict=True)]
-            found[key] = statistics.median(values)
-            found[f"{key}_spread"] = [min(values), max(values)]
-    return found
+            figures[key] = statistics.median(values)
+            figures[f"{key}_spread"] = [min(values), max(values)]
+    return figures
 
 
 def agreement(
     losses: dict[str, float], ours: DiscovrTrainer, plain: DiscovrTrainer
 ) -> dict[str, Any]:
-    """Relative differences of the first step, which both took from the same weights."""
+    """How far loss and gradients of the first step differ; both started from the same weights."""
     gradients = difference(ours, plain)
     worst = max(gradients, key=lambda name: gradients[name])
     return {
@@ -234,7 +234,7 @@ def shares(
     seconds: list[float],
     peak: dict[str, float],
 ) -> dict[str, Any]:
-    """Of the matrix peak, over the whole step."""
+    """The share of the matrix peak that the whole step reaches."""
     needed, best = sum(count(trainer, options.batch).values()), peak[precision]
     return {
         "operations": needed,
@@ -254,7 +254,7 @@ def part_rows(
     peak: dict[str, float],
     whole: dict[str, float],
 ) -> dict[str, dict[str, float]]:
-    """Each part by itself, and what the whole step takes beyond them ("the rest")."""
+    """Time of each part by itself; "the rest" is what the whole step takes beyond their sum."""
     needed = count(trainer, options.batch)
     rows = {}
     spent = time_parts(trainer, batch, max(2, options.repeats // 2))
@@ -271,10 +271,10 @@ def part_rows(
 def measure_option(
     size: str, option: str, options: argparse.Namespace, common: dict[str, Any]
 ) -> dict[str, Any]:
-    """Our step without / with an option, in turns, by the clip; and its memory.
+    """Seconds a clip of our step without and with an option, which take turns, and its memory.
 
-    "first_steps" are the seconds of the first two, before the times that count: compilation,
-    which starts from an empty cache, falls into them.
+    "first_steps" are the seconds of the first two steps, which do not count otherwise. Compilation
+    starts from an empty cache and falls into them.
     """
     from torch._inductor.utils import fresh_cache
 
@@ -284,21 +284,21 @@ def measure_option(
     needed = [
         sum(count(trainer, b).values()) / b for (trainer, _), b in zip(pair, clips, strict=True)
     ]
-    found: dict[str, Any] = {"operations": needed[1] / needed[0]}
-    found |= {"memory_bytes": {}, "seconds_per_clip": {}, "first_steps": {}}
+    figures: dict[str, Any] = {"operations": needed[1] / needed[0]}
+    figures |= {"memory_bytes": {}, "seconds_per_clip": {}, "first_steps": {}}
     for precision in options.precisions:
         torch._dynamo.reset()  # an option before this one may have compiled the same
         with fresh_cache():
             seconds = turns(pair, precision, options.repeats + 2)
-        found["first_steps"][precision] = [sum(spent[:2]) for spent in seconds]
+        figures["first_steps"][precision] = [sum(spent[:2]) for spent in seconds]
         rates = [[s / b for s in spent[2:]] for spent, b in zip(seconds, clips, strict=True)]
-        found["seconds_per_clip"][precision] = [spread(values) for values in rates]
+        figures["seconds_per_clip"][precision] = [spread(values) for values in rates]
         ratio = [a / b for a, b in zip(*rates, strict=True)]
-        found[f"ratio_{precision}"] = statistics.median(ratio)
-        found[f"ratio_{precision}_spread"] = [min(ratio), max(ratio)]
+        figures[f"ratio_{precision}"] = statistics.median(ratio)
+        figures[f"ratio_{precision}_spread"] = [min(ratio), max(ratio)]
         job = {"size": size, "precision": precision, "option": option}
-        found["memory_bytes"][precision] = peak_of(job | common)
-    return found
+        figures["memory_bytes"][precision] = peak_of(job | common)
+    return figures
 
 
 def turns(pair: Sequence[tuple[DiscovrTrainer, Any]], precision: str, rounds: int) -> list:
@@ -314,7 +314,7 @@ def turns(pair: Sequence[tuple[DiscovrTrainer, Any]], precision: str, rounds: in
 
 
 def save(bench: dict[str, Any], file: Path) -> None:
-    """What is known so far."""
+    """Writes what has been measured so far."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_atomic(lambda path: Path(path).write_text(json.dumps(bench, indent=1)), file)
 

@@ -98,9 +98,9 @@ def main() -> None:
                     assert count == FRAMES, (name, count)
             print(f"{file.suffix[1:]}, {FRAMES} frames of 112 x 112, {ROUNDS} rounds:")
             base = np.array(rates["ours"])
-            for name, found in rates.items():
-                low, middle, high = np.percentile(found, [25, 50, 75])
-                ratio = float(np.median(base / np.array(found)))
+            for name, of_rounds in rates.items():
+                low, middle, high = np.percentile(of_rounds, [25, 50, 75])
+                ratio = float(np.median(base / np.array(of_rounds)))
                 print(
                     f"  {name:14s} {middle:7.0f} frames/s [{low:.0f}, {high:.0f}]"
                     f"  ours is {ratio:.2f} x"
