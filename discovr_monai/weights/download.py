@@ -1,20 +1,16 @@
-"""Released files: where they are, under which licence, and fetching them without half files."""
+"""Released weights: where they are, under which licence, and how to fetch them whole."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import http.client
 import os
 import re
-import urllib.error
 import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-_FAILURES = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 CC_BY_NC = "CC-BY-NC-4.0: no commercial use"
 DISCOVR = (
@@ -29,13 +25,14 @@ class DownloadError(ValueError):
 
 @dataclass(frozen=True)
 class Released:
-    """A file of somebody else's.
+    """A file of weights that somebody else has published.
 
     Attributes:
         url: https; a commit in it pins the content, "main" does not.
-        licence: what its publishers say, and where they do not.
-        sha256: None where nobody published it: then the person who downloads decides.
-        note: how sure we are of name and place.
+        licence: what its publishers say about it, or that they say nothing.
+        note: what the file holds, and how sure we are of its name and place.
+        sha256: 64 hexadecimal digits; None where nobody published the hash, so that the person
+            who downloads decides.
     """
 
     url: str
@@ -45,7 +42,11 @@ class Released:
 
     @property
     def file(self) -> str:
-        """Its name."""
+        """The last part of the address.
+
+        >>> REGISTRY["mae-vitb16"].file
+        'mae_pretrain_vit_base.pth'
+        """
         return self.url.rsplit("/", 1)[-1]
 
 
@@ -97,13 +98,13 @@ def cache_folder() -> Path:
 
 
 def licence_beside(path: str | Path) -> str | None:
-    """What was written down when a file was downloaded."""
+    """The licence that :func:`download` wrote beside a file; None if there is none."""
     note = beside(Path(path), "licence.txt")
     return note.read_text(encoding="utf-8").strip() if note.is_file() else None
 
 
 def sha256_of(path: str | Path) -> str:
-    """64 hexadecimal digits."""
+    """The SHA-256 of a file's content, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -115,19 +116,21 @@ def download(
     sha256: str | None = None,
     accept_unverified: bool = False,
 ) -> Path:
-    """A released file, from ``folder`` (or the cache) if it is there, else from its publisher.
+    """The path of a released file, which is fetched from its publisher if it is not there yet.
 
-    Beside it stand its licence (``FILE.licence.txt``) and the hash that was seen
-    (``FILE.sha256``). DISCOVR_MONAI_HUB replaces the publisher's https://host (a mirror);
-    HF_HUB_OFFLINE=1 and DISCOVR_MONAI_OFFLINE=1 keep it from connecting.
+    Its licence is written beside it (``FILE.licence.txt``), and so is its hash
+    (``FILE.sha256``). DISCOVR_MONAI_HUB replaces the publisher's https://host by a mirror's;
+    HF_HUB_OFFLINE=1 or DISCOVR_MONAI_OFFLINE=1 forbids to connect.
 
     Args:
-        name: of REGISTRY.
-        sha256: the hash that it must have.
-        accept_unverified: take it although nobody tells its hash.
+        name: a key of REGISTRY.
+        folder: where the file is or is to be; None takes :func:`cache_folder`.
+        sha256: the hash that the file must have.
+        accept_unverified: whether to take a file whose hash nobody has published.
 
     Raises:
-        DownloadError: unknown, offline, unreachable, cut short, or of another hash.
+        DownloadError: the name is unknown, no hash is known, the publisher cannot be reached or
+            must not be, the file was cut short, or it has another hash.
     """
     if name not in REGISTRY:
         raise DownloadError(f"{name!r} is no released file that is known: {', '.join(REGISTRY)}")
@@ -146,37 +149,41 @@ def download(
             "take it as it comes with --accept-unverified (its hash is shown and recorded)"
         )
     if target.is_file():
-        found = sha256_of(target)
-        if found != (expected or recorded or found):
+        digest = sha256_of(target)
+        if digest != (expected or recorded or digest):
             raise DownloadError(
-                f"{entry.file} in the folder has SHA-256 {found}, not {expected or recorded}: "
+                f"{entry.file} in the folder has SHA-256 {digest}, not {expected or recorded}: "
                 "delete it to fetch it anew, or check the hash"
             )
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.part")
         _fetch(_address(entry.url), partial, entry.file)
-        found = sha256_of(partial)
-        if expected not in (None, found):
+        digest = sha256_of(partial)
+        if expected not in (None, digest):
             _remove(partial)
             raise DownloadError(
-                f"{entry.file} has SHA-256 {found}, not {expected}: removed. It is another version "
+                f"{entry.file} has SHA-256 {digest}, not {expected}: removed. It is another version "
                 "or was tampered with: ask its publisher"
             )
         partial.replace(target)
         _remove(partial)
     beside(target, "licence.txt").write_text(f"{entry.licence}\n", encoding="utf-8")
-    beside(target, "sha256").write_text(f"{found}  {target.name}\n", encoding="utf-8")
+    beside(target, "sha256").write_text(f"{digest}  {target.name}\n", encoding="utf-8")
     return target
 
 
 def beside(path: Path, kind: str) -> Path:
-    """``FILE.kind``."""
+    """``FILE.kind`` in the folder of ``FILE``.
+
+    >>> beside(Path("model.pth"), "sha256").name
+    'model.pth.sha256'
+    """
     return path.with_name(f"{path.name}.{kind}")
 
 
 def recorded_hash(target: Path) -> str | None:
-    """The SHA-256 that was seen when a file was downloaded."""
+    """The SHA-256 that :func:`download` wrote beside a file; None if there is none."""
     note = beside(target, "sha256")
     return note.read_text(encoding="utf-8").split()[0] if note.is_file() else None
 
@@ -208,79 +215,97 @@ def _safe(url: str) -> str:
     return url
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows to https only."""
-
-    def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
-    ) -> Any:
-        """See the base class."""
-        return super().redirect_request(req, fp, code, msg, headers, _safe(newurl))
-
-
-def _open(request: urllib.request.Request) -> Any:
-    handlers: list[Any] = [_Redirects()]
-    if urllib.parse.urlsplit(request.full_url).hostname in LOOPBACK:
-        handlers.append(urllib.request.ProxyHandler({}))
-    return urllib.request.build_opener(*handlers).open(request, timeout=60)
-
-
 def _fetch(url: str, partial: Path, name: str) -> None:
-    """Writes all of ``url`` to ``partial``, going on where an earlier attempt stopped."""
-    tag = beside(partial, "etag")
+    """Writes all of ``url`` to ``partial``, going on where an earlier attempt stopped.
+
+    pooch transfers the bytes. ``pooch.retrieve`` would delete a cut file and follow a redirect to
+    plain http, so what is kept between attempts and which answers are taken is decided here.
+    """
+    import pooch
+    import requests
+    from tqdm import tqdm
+
     with partial.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DownloadError(f"{name} is being downloaded by another process: wait") from error
-        headers = {"User-Agent": "discovr-monai"}
-        if file.tell() and tag.is_file():  # the rest, if the file is still the same
-            headers |= {"Range": f"bytes={file.tell()}-", "If-Range": tag.read_text()}
+        answer = _Answer(file, beside(partial, "etag"), name)
+        hostname = urllib.parse.urlsplit(url).hostname
+        transfer = pooch.HTTPDownloader(
+            progressbar=tqdm(total=1, unit="B", unit_scale=True, disable=None),
+            chunk_size=4096,  # a cut connection loses less than this
+            headers=answer.request_headers(),
+            hooks={"response": answer.check},
+            proxies={"no_proxy": hostname} if hostname in LOOPBACK else None,
+            timeout=60,
+        )
         try:
-            with _open(urllib.request.Request(url, headers=headers)) as response:
-                _receive(response, file, tag, name)
-        except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing is left to send: what is here is of something else
+            transfer(url, file, None)
+        except requests.HTTPError as error:
+            response = error.response
+            if response.status_code == 416:  # all is sent: what is here is of something else
                 file.truncate(0)
             raise DownloadError(
-                f"{name}: the publisher answers {error.code} {error.reason}; it may have moved, or "
-                "try again"
+                f"{name}: the publisher answers {response.status_code} {response.reason}; it may "
+                "have moved, or try again"
             ) from error
-        except _FAILURES as error:
-            reason = getattr(error, "reason", error)
+        except requests.exceptions.ChunkedEncodingError:
+            pass  # the connection broke after the answer's beginning: the size below tells
+        except requests.RequestException as error:
+            reason = error.args[0] if error.args else error
             raise DownloadError(
-                f"{name}: the connection failed ({reason}); the same command goes on where it "
-                "stopped"
+                f"{name}: the connection failed ({getattr(reason, 'reason', reason)}); the same "
+                "command goes on where it stopped"
             ) from error
-
-
-def _receive(response: Any, file: IO[bytes], tag: Path, name: str) -> None:
-    from tqdm import tqdm
-
-    start = file.tell()
-    if response.status != 206:
-        start = 0
-        file.truncate(0)
-    elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-        raise DownloadError(f"{name}: the publisher sent another part than asked for: try again")
-    length = response.headers.get("Content-Length")
-    if length is None:
-        raise DownloadError(f"{name}: the publisher does not tell the size, a cut file would pass")
-    etag = response.headers.get("ETag", "")
-    if etag.startswith('"'):  # only strong ones tell that the rest belongs to what is here
-        tag.write_text(etag)
-    else:
-        tag.unlink(missing_ok=True)
-    total = start + int(length)
-    with tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None) as bar:
-        while block := response.read(1 << 20):
-            bar.update(file.write(block))
-    file.flush()
-    os.fsync(file.fileno())
-    if file.tell() != total:
+        file.flush()
+        os.fsync(file.fileno())
+    size = partial.stat().st_size
+    if size != answer.total:
         raise DownloadError(
-            f"{name} was cut at {file.tell()} of {total} bytes: the same command goes on from there"
+            f"{name} was cut at {size} of {answer.total} bytes: the same command goes on from there"
         )
+
+
+class _Answer:
+    """What a publisher's answer must be like, given what an earlier attempt left in ``file``."""
+
+    def __init__(self, file: IO[bytes], tag: Path, name: str) -> None:
+        self.file, self.tag, self.name = file, tag, name
+        self.start = file.tell()
+        self.total = 0  # bytes of the whole file, once the publisher has answered
+
+    def request_headers(self) -> dict[str, str]:
+        """Asks for the rest only, if the publisher's file is still the same."""
+        headers = {"User-Agent": "discovr-monai", "Accept-Encoding": "identity"}
+        if self.start and self.tag.is_file():
+            headers |= {"Range": f"bytes={self.start}-", "If-Range": self.tag.read_text()}
+        return headers
+
+    def check(self, response: Any, **_: Any) -> None:
+        """Called by requests for every answer, redirects included, before its content is read."""
+        if response.is_redirect:
+            _safe(urllib.parse.urljoin(response.url, response.headers["Location"]))
+        if response.is_redirect or not response.ok:
+            return
+        headers = response.headers
+        if response.status_code != 206:
+            self.start = 0
+            self.file.truncate(0)
+        elif not headers.get("Content-Range", "").startswith(f"bytes {self.start}-"):
+            raise DownloadError(
+                f"{self.name}: the publisher sent another part than asked for: try again"
+            )
+        if "Content-Length" not in headers:
+            raise DownloadError(
+                f"{self.name}: the publisher does not tell the size, a cut file would pass"
+            )
+        self.total = self.start + int(headers["Content-Length"])
+        etag = headers.get("ETag", "")
+        if etag.startswith('"'):  # only strong ones tell that the rest belongs to what is here
+            self.tag.write_text(etag)
+        else:
+            self.tag.unlink(missing_ok=True)
 
 
 def _remove(partial: Path) -> None:
