@@ -99,8 +99,8 @@ def draw_heart(
     population = population or drawn
     while True:  # a fixed kind keeps the joint law of EF and kind
         ef = float(np.interp(rng.random(), *_EF_QUANTILES))
-        found = _kind_for(ef, rng)
-        if kind in (None, found):
+        drawn_kind = _kind_for(ef, rng)
+        if kind in (None, drawn_kind):
             break
     scale, rate = {
         "adult": (rng.normal(1.0, 0.06), rng.normal(70, 12)),
@@ -113,18 +113,18 @@ def draw_heart(
     length *= 1 + 0.002 * (55 - min(ef, 55))  # weak hearts dilate a little
     width *= 1 + 0.004 * (55 - min(ef, 55))
     extremes = rng.uniform(0, 1, 4)
-    if found == "dilated":
+    if drawn_kind == "dilated":
         width, length, wall = width * (1.18 + 0.2 * extremes[0]), length * 1.06, wall * 0.9
-    elif found == "hypertrophy":
+    elif drawn_kind == "hypertrophy":
         wall, width = wall * (1.45 + 0.5 * extremes[0]), width * 0.9
-    elif found == "effusion":
+    elif drawn_kind == "effusion":
         effusion = 7 + 9 * extremes[0]
-    elif found == "akinetic":
+    elif drawn_kind == "akinetic":
         side = 1 if extremes[3] < 0.5 else -1
         akinetic = (side, 0.3 + 0.4 * extremes[1], 0.14 + 0.1 * extremes[2])
     return HeartParameters(
         population=population,
-        kind=found,
+        kind=drawn_kind,
         ef=ef,
         heart_rate=float(np.clip(rate, *limits)),
         length=float(length * scale),

@@ -52,11 +52,11 @@ def rows(
 
 
 def _official(root: Path) -> dict[str, str]:
-    found = {}
+    splits = {}
     for split, file in SUBGROUPS.items():
         for path in root.rglob(file):
-            found.update(dict.fromkeys(path.read_text().split(), split))
-    return found
+            splits.update(dict.fromkeys(path.read_text().split(), split))
+    return splits
 
 
 def _row(
@@ -125,8 +125,8 @@ def header_spacing(path: Path) -> list[float] | None:
     try:
         if path.suffix == ".mhd":
             lines = path.read_text().splitlines()
-            found = next(line for line in lines if line.startswith("ElementSpacing"))
-            x, y = (float(v) for v in found.partition("=")[2].split()[:2])
+            spacing = next(line for line in lines if line.startswith("ElementSpacing"))
+            x, y = (float(v) for v in spacing.partition("=")[2].split()[:2])
         else:
             import nibabel
 

@@ -29,13 +29,13 @@ def rows(root: Path, *, table: str | None = None) -> Iterator[DatalistRow | Cine
     Raises:
         ValueError, FileNotFoundError: no table, or more than one.
     """
-    found = [root / table] if table else sorted(root.glob("*.csv"))
-    if len(found) != 1:
+    tables = [root / table] if table else sorted(root.glob("*.csv"))
+    if len(tables) != 1:
         raise FileNotFoundError(
-            f"{root.name!r} holds {len(found)} CSV files; say which with --table NAME.csv"
+            f"{root.name!r} holds {len(tables)} CSV files; say which with --table NAME.csv"
         )
     base = root.resolve()
-    for item in read_table(found[0]):
+    for item in read_table(tables[0]):
         names = {k.lower(): k for k in item}
         values = list(item.values())
         path = item[names["path"]] if "path" in names else values[0]

@@ -39,15 +39,15 @@ def rows(
     if view is not None and view.upper() not in VIEWS:
         raise ValueError(f"view {view!r} must be one of {', '.join(VIEWS)}")
     wanted = [view.upper()] if view else list(VIEWS)
-    found = [
+    folders = [
         (v, folder)
         for v in wanted
         for folder in sorted(root.glob(f"**/{v}"))
         if (folder / "FileList.csv").is_file()
     ]
-    if not found:
+    if not folders:
         find_folder(root, f"{wanted[0]}/FileList.csv", TITLE)
-    for name, folder in found:
+    for name, folder in folders:
         yield from _view(root, folder, name, threshold)
 
 

@@ -87,17 +87,17 @@ def _table(path: Path) -> Iterator[dict[str, Any]]:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except Exception as error:  # zip, XML and key errors of a damaged file
         raise ValueError(f"{path.name} is not an Excel file that can be read") from error
-    found = False
+    has_table = False
     for sheet in book.worksheets:
         lines = sheet.iter_rows(values_only=True)
         header = next((line for line in lines if line and "ECHO" in line), None)
         if header is None:
             continue
-        found = True
+        has_table = True
         names = [str(name).strip() if name is not None else "" for name in header]
         for line in lines:
             item = dict(zip(names, line, strict=False))
             if item.get("ECHO"):
                 yield item
-    if not found:
+    if not has_table:
         raise ValueError(f"{path.name} has no column ECHO")

@@ -37,9 +37,9 @@ def find_folder(root: Path, marker: str, title: str) -> Path:
         FileNotFoundError: if none does.
     """
     for pattern in ("", "*/", "*/*/", "*/*/*/"):
-        found = sorted(root.glob(pattern + marker))
-        if found:
-            return found[0].parent
+        places = sorted(root.glob(pattern + marker))
+        if places:
+            return places[0].parent
     raise FileNotFoundError(
         f"{root.name!r} does not look like {title}: there is no {marker} in it. Give the folder "
         "that the data set unpacks to"
@@ -48,12 +48,12 @@ def find_folder(root: Path, marker: str, title: str) -> Path:
 
 def files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     """Files below a folder by their name without suffix, in lower case."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         for suffix in suffixes:
             if path.name.lower().endswith(suffix) and not path.name.startswith("."):
-                found.setdefault(path.name[: -len(suffix)].lower(), path)
-    return found
+                files.setdefault(path.name[: -len(suffix)].lower(), path)
+    return files
 
 
 def missing(name: str, what: str = "it is listed, but the file is not there") -> CineError:

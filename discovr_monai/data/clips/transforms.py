@@ -50,8 +50,8 @@ class LoadCined(CineLoader, MapTransform):
         """See the class."""
         row = dict(data)
         for key in self.key_iterator(row):
-            found = self.load(str(row[key]), row.get("first"), row.get("num_frames"))
-            frames, fps, source, row["window"], spacing = found
+            cine = self.load(str(row[key]), row.get("first"), row.get("num_frames"))
+            frames, fps, source, row["window"], spacing = cine
             if spacing and not row.get("spacing"):
                 row["spacing"] = list(spacing)
             own = row.get("fps")

@@ -23,15 +23,15 @@ def read_cine(path: str | Path, *, name: str | None = None, color: str = "auto")
 
     Args:
         path: AVI (MJPEG), MP4/MOV/MKV (H.264), multi-frame ultrasound DICOM, NIfTI (X, Y, T) or
-            MHD/MHA 2-D + t. The content decides, then the suffix.
+            MHD/MHA 2-D + t. The first bytes say which it is; where they do not, the suffix does.
         name: what errors call the file, best relative to the data root; the file's name if None.
-        color: "auto" gives (T, H, W) for grey cines and (T, H, W, 3) RGB for coloured ones (more
-            than 1 % of the pixels differ by over 24 levels between channels); "grey" and "rgb"
-            force one.
+        color: "auto" gives (T, H, W) for grey cines and (T, H, W, 3) RGB for coloured ones, in
+            which more than 1 % of the pixels differ by over 24 levels between channels; "grey"
+            and "rgb" force one or the other.
 
     Returns:
-        Frames uint8 0..255, fps and where it came from, pixel spacing in mm. Never a tag of
-        the patient.
+        The cine: frames uint8 0..255, frames per second and where they came from, pixel spacing
+        in mm. No tag of the patient is among it.
 
     Raises:
         CineError: naming the file, what is wrong and what to do.
@@ -98,8 +98,10 @@ def _reader(path: Path, head: bytes, name: str) -> Any:
     if suffix in VIDEO or any(containers):
         return read_video
     what = "text" if _is_text(head) else "not a cine format that we know"
-    known = "AVI, MP4, MOV, MKV, DICOM, NIfTI, MHD or NPY"
-    raise CineError(name, f"it is {what}", f"Convert it to {known}, or leave it out", "not a cine")
+    formats = "AVI, MP4, MOV, MKV, DICOM, NIfTI, MHD or NPY"
+    raise CineError(
+        name, f"it is {what}", f"Convert it to {formats}, or leave it out", "not a cine"
+    )
 
 
 def _is_text(head: bytes) -> bool:
@@ -120,9 +122,3 @@ def _read_npy(path: Path, name: str, color: str) -> Cine:
         check_size(path, name, (*frames.shape[:3], 3))
         frames = choose_colour(frames, color) if frames.ndim == 4 else grey_or_rgb(frames, color)
     return Cine(frames, None, "unknown")
-
-
-# ---- video files -------------------------------------------------------------------------
-
-
-# ---- NIfTI and ITK -----------------------------------------------------------------------

@@ -76,15 +76,15 @@ def moving_part(frames: np.ndarray) -> tuple[np.ndarray, ...] | None:
     stirring = change > STIRS
     away = ~ndimage.binary_dilation(hull(sure), iterations=8)
     if not away.any() or stirring[away].mean() < 0.02:
-        found = _dense(stirring)
+        moving = _dense(stirring)
     else:
-        found = _dense(change > MOVES)
+        moving = _dense(change > MOVES)
         corner = max(4, min(change.shape) // 12)  # no fan reaches the corners above it
         tops = stirring[:corner, :corner], stirring[:corner, -corner:]
         if max(top.mean() for top in tops) < 0.1:
-            found |= _beside(_dense(stirring) & away, sure)
-    largest = _largest(found)
-    return found, sure if largest is None else largest, darkest > LIT, change
+            moving |= _beside(_dense(stirring) & away, sure)
+    largest = _largest(moving)
+    return moving, sure if largest is None else largest, darkest > LIT, change
 
 
 def _beside(stirring: np.ndarray, sure: np.ndarray) -> np.ndarray:
@@ -166,8 +166,8 @@ def fit_fan(
 def _extent(mask: np.ndarray, axis: int) -> tuple[int, int] | None:
     """First and last place along an axis where more than a few pixels are set."""
     count = mask.sum(axis)
-    found = np.flatnonzero(count > max(3, 0.01 * mask.shape[axis]))
-    return (int(found[0]), int(found[-1])) if len(found) else None
+    lines = np.flatnonzero(count > max(3, 0.01 * mask.shape[axis]))
+    return (int(lines[0]), int(lines[-1])) if len(lines) else None
 
 
 def _shrunk(value: np.ndarray, side: int) -> tuple[np.ndarray, int]:
@@ -213,7 +213,7 @@ def _starts(value: np.ndarray, box: tuple[int, int, int, int], count: int = 3) -
     head = value[y0 : y0 + max(4, height // 8), x0 : x1 + 1]
     columns = np.flatnonzero((head > GLOW).any(0))
     middle = x0 + float(columns.mean()) if len(columns) else (x0 + x1) / 2
-    found = []
+    starts = []
     for x in sorted({middle, (x0 + x1) / 2, x0 + 0.35 * width, x0 + 0.65 * width}):
         for above in (0.0, 0.1, 0.25, 0.45):
             tries = [
@@ -221,9 +221,9 @@ def _starts(value: np.ndarray, box: tuple[int, int, int, int], count: int = 3) -
                 for half in np.deg2rad((20, 28, 36, 44, 52))
             ]
             values = [worth(t) for t in tries]
-            found.append((min(values), tries[int(np.argmin(values))]))
-    found.sort(key=lambda pair: pair[0])
-    return [(start, box) for _, start in found[:count]]
+            starts.append((min(values), tries[int(np.argmin(values))]))
+    starts.sort(key=lambda pair: pair[0])
+    return [(start, box) for _, start in starts[:count]]
 
 
 def _edges(value: np.ndarray, start: tuple, side: int) -> tuple:
@@ -270,27 +270,27 @@ def _polish(value: np.ndarray, start: tuple, side: int) -> tuple:
             return worth(np.concatenate([part, first[free:]]))
 
         simplex = np.concatenate([first[None, :free], first[:free] + np.diag(steps[:free])])
-        found = optimize.minimize(
+        optimum = optimize.minimize(
             of,
             first[:free],
             method="Nelder-Mead",
             options={"initial_simplex": simplex, "maxfev": 260, "xatol": 0.05, "fatol": 0.5},
         )
-        return np.concatenate([found.x, first[free:]]), float(found.fun)
+        return np.concatenate([optimum.x, first[free:]]), float(optimum.fun)
 
     upright, cost = search(parameters, 5)
     tilted, other = search(upright, 6)
     return (tilted if other < cost * TILTED else upright), box
 
 
-def _complete(found: tuple, change: np.ndarray) -> Fan:
+def _complete(fit: tuple, change: np.ndarray) -> Fan:
     """The fan, a pixel inside its edges: better to lose a pixel than to keep a letter.
 
     A cut at the sides is kept only where stillness begins at it; where the sector just fades,
     its dark corners belong to it.
     """
-    x, y, half, near, far, tilt = (float(v) for v in found[0])
-    x0, _, x1, y1 = found[1]
+    x, y, half, near, far, tilt = (float(v) for v in fit[0])
+    x0, _, x1, y1 = fit[1]
     reach = float(max(x - x0, x1 - x))
     whole = Fan(x, y, half, near, far, tilt, (-np.inf, -np.inf, np.inf, y1)).mask(change.shape)
     off = np.abs(np.arange(change.shape[1]) - x)

@@ -9,11 +9,7 @@ from pathlib import Path
 from discovr_monai.base.types import CineError
 
 VIDEO = {".avi", ".mp4", ".mov", ".mkv", ".m4v", ".webm", ".mpg", ".mpeg", ".wmv"}
-
-
 NIFTI = (".nii", ".nii.gz")
-
-
 ITK = {".mhd", ".mha", ".nrrd"}
 
 
@@ -45,10 +41,16 @@ def failure_of(error: Exception) -> tuple[str, str, str]:
 
 
 def known_name(name: str) -> bool:
-    """Whether a file's name is one that a cine may have; DICOM often has no suffix."""
+    """Whether a file's name is one that a cine may have.
+
+    DICOM files often have no suffix, or the last number of a UID in its place.
+
+    >>> known_name("a/patient.avi"), known_name("IM0001"), known_name("notes.txt")
+    (True, True, False)
+    """
     suffix = Path(name).suffix.lower()
-    known = VIDEO | ITK | {".dcm", ".dicom", ".npy", ""}
-    return suffix in known or name.lower().endswith(NIFTI) or suffix[1:].isdigit()
+    suffixes = VIDEO | ITK | {".dcm", ".dicom", ".npy", ""}
+    return suffix in suffixes or name.lower().endswith(NIFTI) or suffix[1:].isdigit()
 
 
 def is_dicom(path: Path, head: bytes | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""Label maps of cines, in the frames that the network sees."""
+"""Label maps of cines: from many kinds of files, on the frames of the cine's own file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from discovr_monai.base.tables import read_table
+from discovr_monai.base.tables import number, read_table
 from discovr_monai.base.types import CineError
 from discovr_monai.data.read.pixels import check_size
 from discovr_monai.data.read.volumes import check_itk_header
@@ -73,7 +73,7 @@ def read_masks(
 
 
 def window_masks(masks: np.ndarray, window: tuple[int, int, int, int, int, int]) -> np.ndarray:
-    """Cuts masks like the frames were cut, and pads them to a square like the frames.
+    """Cuts masks to the window that was kept of the frames, and pads them to a square.
 
     Args:
         masks: (T, H, W) labels.
@@ -105,17 +105,17 @@ def _load(root: Path, name: str) -> np.ndarray:
 
             image: Any = nibabel.load(path)
             check_size(path, name, (1, 1, 1, image.get_data_dtype().itemsize, *image.shape))
-            found = np.asarray(image.dataobj).T
+            maps = np.asarray(image.dataobj).T
         elif name.lower().endswith((".mhd", ".mha")):
             import itk
 
             if not path.exists():
                 raise FileNotFoundError(name)
             check_itk_header(path, name)
-            found = itk.array_from_image(itk.imread(str(path)))
+            maps = itk.array_from_image(itk.imread(str(path)))
         else:
             loaded = np.load(path, allow_pickle=False)
-            found = loaded["mask"] if hasattr(loaded, "files") else loaded
+            maps = loaded["mask"] if hasattr(loaded, "files") else loaded
     except FileNotFoundError as error:
         raise CineError(name, "the mask file does not exist", "Correct the datalist") from error
     except CineError:
@@ -126,53 +126,53 @@ def _load(root: Path, name: str) -> np.ndarray:
             f"the mask cannot be read ({type(error).__name__})",
             "Make it again, as npz or NIfTI",
         ) from error
-    found = found.reshape([n for i, n in enumerate(found.shape) if n > 1 or i >= found.ndim - 2])
-    if found.dtype.kind not in "iufb" or found.ndim not in (2, 3):
+    maps = maps.reshape([n for i, n in enumerate(maps.shape) if n > 1 or i >= maps.ndim - 2])
+    if maps.dtype.kind not in "iufb" or maps.ndim not in (2, 3):
         raise CineError(
-            name, f"the mask has shape {found.shape}", "Store it as (T, H, W), one map per frame"
+            name, f"the mask has shape {maps.shape}", "Store it as (T, H, W), one map per frame"
         )
-    return found
+    return maps
 
 
-def _as_labels(found: np.ndarray, reference: Mapping[str, Any]) -> np.ndarray:
-    """uint8 labels; what no label can be (NaN, negative, above 255) raises."""
+def _as_labels(maps: np.ndarray, reference: Mapping[str, Any]) -> np.ndarray:
+    """Whole numbers of 0 to 255 as uint8; a CineError for anything else, such as NaN."""
     name = mask_name(reference)
-    if found.dtype != np.uint8:
-        low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 0.0)
-        if not (low >= 0 and high <= 255) or (found.dtype.kind == "f" and (found % 1).any()):
+    if maps.dtype != np.uint8:
+        low, high = (float(maps.min()), float(maps.max())) if maps.size else (0.0, 0.0)
+        if not (low >= 0 and high <= 255) or (maps.dtype.kind == "f" and (maps % 1).any()):
             raise CineError(
                 name, f"its values run from {low:g} to {high:g}", "Labels are whole, 0 to 255"
             )
-        found = found.astype(np.uint8)
+        maps = maps.astype(np.uint8)
     label = reference.get("label")
-    return found if label is None else (found > 0) * np.uint8(label)
+    return maps if label is None else (maps > 0) * np.uint8(label)
 
 
-def _place(found: np.ndarray, first: int, shape: tuple[int, int, int], name: str) -> np.ndarray:
+def _place(maps: np.ndarray, first: int, shape: tuple[int, int, int], name: str) -> np.ndarray:
     """Sets (F, h, w) maps into the cine's frames from ``first`` on."""
-    if first == 0 and len(found) == shape[0]:
-        return found
-    if first < 0 or first + len(found) > shape[0]:
+    if first == 0 and len(maps) == shape[0]:
+        return maps
+    if first < 0 or first + len(maps) > shape[0]:
         raise CineError(
             name,
-            f"the mask has frames {first} to {first + len(found) - 1}, the cine {shape[0]} frames",
+            f"the mask has frames {first} to {first + len(maps) - 1}, the cine {shape[0]} frames",
             "Correct the datalist",
         )
-    out = np.zeros((shape[0], *found.shape[1:]), np.uint8)
-    out[first : first + len(found)] = found
+    out = np.zeros((shape[0], *maps.shape[1:]), np.uint8)
+    out[first : first + len(maps)] = maps
     return out
 
 
 def _read_map(root: Path, reference: Mapping[str, Any], shape: tuple[int, int, int]) -> np.ndarray:
     name = mask_name(reference)
-    found = _load(root, name)
-    if found.ndim != 3:
+    maps = _load(root, name)
+    if maps.ndim != 3:
         raise CineError(
-            name, f"the mask has shape {found.shape}", "Store it as (T, H, W), one map per frame"
+            name, f"the mask has shape {maps.shape}", "Store it as (T, H, W), one map per frame"
         )
     if "first" not in reference:
-        return _as_labels(found, reference)
-    return _place(_as_labels(found, reference), int(reference["first"]), shape, name)
+        return _as_labels(maps, reference)
+    return _place(_as_labels(maps, reference), int(reference["first"]), shape, name)
 
 
 def _read_frames(
@@ -180,15 +180,15 @@ def _read_frames(
 ) -> np.ndarray:
     out = np.zeros(shape, np.uint8)
     for frame, name in reference["files"].items():
-        found = _as_labels(_load(root, name), {**reference, "file": name})
-        found = found[0] if found.ndim == 3 and len(found) == 1 else found
-        if found.shape != shape[1:] or not 0 <= int(frame) < shape[0]:
+        maps = _as_labels(_load(root, name), {**reference, "file": name})
+        maps = maps[0] if maps.ndim == 3 and len(maps) == 1 else maps
+        if maps.shape != shape[1:] or not 0 <= int(frame) < shape[0]:
             raise CineError(
                 name,
-                f"the mask of frame {frame} has shape {found.shape}, the cine is {_size(shape)}",
+                f"the mask of frame {frame} has shape {maps.shape}, the cine is {_size(shape)}",
                 "Draw it on the frames as they are in the file",
             )
-        out[int(frame)] = found
+        out[int(frame)] = maps
     return out
 
 
@@ -197,7 +197,7 @@ def _read_mat(root: Path, reference: Mapping[str, Any], shape: tuple[int, int, i
 
     name, key = mask_name(reference), str(reference.get("key", "predicted"))
     try:
-        found = np.asarray(loadmat(root / name, variable_names=[key])[key])
+        maps = np.asarray(loadmat(root / name, variable_names=[key])[key])
     except FileNotFoundError as error:
         raise CineError(name, "the mask file does not exist", "Correct the datalist") from error
     except Exception as error:  # scipy raises many kinds for damaged files
@@ -206,12 +206,12 @@ def _read_mat(root: Path, reference: Mapping[str, Any], shape: tuple[int, int, i
             f"the mask cannot be read as MATLAB 5 with the variable {key!r}",
             "Save it again with -v7, not -v7.3",
         ) from error
-    frames = int(reference.get("frames") or found.shape[0])
-    if found.ndim == 3 and found.shape[0] != frames and found.shape[2] == frames:
-        found = found.transpose(2, 0, 1)  # (H, W, F)
-    if found.ndim != 3:
-        raise CineError(name, f"the mask has shape {found.shape}", "Store it as (F, H, W)")
-    labels = _as_labels(found, reference)
+    frames = int(reference.get("frames") or maps.shape[0])
+    if maps.ndim == 3 and maps.shape[0] != frames and maps.shape[2] == frames:
+        maps = maps.transpose(2, 0, 1)  # (H, W, F)
+    if maps.ndim != 3:
+        raise CineError(name, f"the mask has shape {maps.shape}", "Store it as (F, H, W)")
+    labels = _as_labels(maps, reference)
     if labels.shape[1:] != shape[1:]:
         rows = (np.arange(shape[1]) + 0.5) * labels.shape[1] / shape[1]
         columns = (np.arange(shape[2]) + 0.5) * labels.shape[2] / shape[2]
@@ -223,23 +223,31 @@ def _read_mat(root: Path, reference: Mapping[str, Any], shape: tuple[int, int, i
 
 
 def outline_of_chords(chords: np.ndarray) -> np.ndarray:
-    """(P, 2) x, y outline of EchoNet-Dynamic's (K, 4) x1, y1, x2, y2 rows.
+    """(P, 2) x, y outline of EchoNet-Dynamic's (K, 4) rows of x1, y1, x2, y2.
 
-    The first row is the long axis and is left out; the chords' first ends lead down one wall,
-    their second ends back up the other.
+    The first row is the long axis and is left out. The first ends of the chords lead down one
+    wall, their second ends lead back up the other.
     """
     ends = chords[LONG_AXIS + 1 :]
     return np.concatenate([ends[:, :2], ends[::-1, 2:]])
 
 
 def polygon_area(outline: np.ndarray) -> float:
-    """Pixels inside a (P, 2) outline, by the shoelace formula."""
+    """Area in pixels of a (P, 2) x, y outline, by the shoelace formula.
+
+    >>> polygon_area(np.array([[0, 0], [4, 0], [4, 3]]))
+    6.0
+    """
     x, y = outline.T
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
 
 
 def fill_polygon(outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) uint8, 1 inside a (P, 2) x, y outline and on it."""
+    """(H, W) uint8, 1 inside a (P, 2) x, y outline and on it.
+
+    >>> fill_polygon(np.array([[1, 1], [3, 1], [3, 2], [1, 2]]), (3, 5)).tolist()
+    [[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 0]]
+    """
     from PIL import Image, ImageDraw
 
     canvas = Image.new("L", size[::-1])
@@ -248,32 +256,24 @@ def fill_polygon(outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def _number(cell: str) -> float | None:
-    try:
-        value = float(cell)
-    except ValueError:
-        return None
-    return value if np.isfinite(value) else None
-
-
 @lru_cache(maxsize=4)
 def _tracings(path: Path, stamp: tuple[int, int]) -> dict[str, dict[int, np.ndarray]]:
     """FileName (lower case, no suffix) -> frame -> (K, 4) chords or (K, 2) vertices.
 
     Rows whose frame or places are no numbers ("No Systolic", empty) are left out.
     """
-    found: dict[str, dict[int, list[list[float]]]] = {}
+    clips: dict[str, dict[int, list[list[float]]]] = {}
     for row in read_table(path, ("FileName", "Frame")):
         keys = ("X1", "Y1", "X2", "Y2") if "X1" in row else ("X", "Y")
-        values = [_number(row.get(k, "")) for k in (*keys, "Frame")]
+        values = [number(row.get(k, "")) for k in (*keys, "Frame")]
         if any(v is None for v in values):
             continue
         *place, frame = (float(v) for v in values if v is not None)
-        clip = found.setdefault(clip_key(row["FileName"]), {})
+        clip = clips.setdefault(clip_key(row["FileName"]), {})
         clip.setdefault(int(frame), []).append(place)
     return {
         clip: {frame: np.array(rows) for frame, rows in frames.items()}
-        for clip, frames in found.items()
+        for clip, frames in clips.items()
     }
 
 

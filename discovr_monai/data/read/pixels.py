@@ -1,4 +1,4 @@
-"""Pixels of any reader: how large they may grow, grey or RGB, and what frame rates there are."""
+"""What all readers share: a limit on decoded size, grey or RGB, plausible frame rates."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ COLOUR_LEVELS, COLOUR_SHARE = 24, 0.01
 # What a file may grow to when decoded: far more than any codec makes of a cine, far less than a
 # decompression bomb.
 LARGEST, SMALLEST, GROWTH = 2 << 30, 256 << 20, 300
-
-
 SIDE = 8192  # pixels
 
 
@@ -51,7 +49,11 @@ def check_size(path: Path, name: str, shape: Sequence[int]) -> None:
 
 
 def to_grey(rgb: np.ndarray) -> np.ndarray:
-    """Luma of RGB uint8: (..., 3) -> (...), ITU-R BT.601, rounded."""
+    """Luma of RGB uint8: (T, H, W, 3) -> (T, H, W), by ITU-R BT.601, rounded.
+
+    >>> to_grey(np.array([[[[255, 0, 0], [7, 7, 7]]]], np.uint8)).tolist()
+    [[[76, 7]]]
+    """
     if (rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 0] == rgb[..., 2]).all():
         return np.ascontiguousarray(rgb[..., 0])
     return np.stack([(frame @ LUMA + 0.5).astype(np.uint8) for frame in rgb])
@@ -72,7 +74,11 @@ def choose_colour(rgb: np.ndarray, color: str) -> np.ndarray:
 
 
 def plausible_fps(value: Any) -> float | None:
-    """A frame rate as a float, None for what cannot be one (0, 1000 fps and more, text)."""
+    """A frame rate in 1/s as a float; None for what cannot be one, such as 0, 1000 or text.
+
+    >>> plausible_fps("29.97"), plausible_fps(0), plausible_fps(None)
+    (29.97, None, None)
+    """
     try:
         fps = float(value)
     except (TypeError, ValueError):
@@ -87,7 +93,7 @@ def grey_or_rgb(frames: np.ndarray, color: str) -> np.ndarray:
 
 
 def to_uint8(array: np.ndarray, name: str) -> np.ndarray:
-    """uint8 as it is; 0..255 in other types is rounded; the rest is stretched to 0..255."""
+    """Frames as uint8: other types are rounded where they lie in 0..255, else stretched to it."""
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind not in "iuf" or not array.size:

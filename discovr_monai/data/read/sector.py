@@ -26,11 +26,11 @@ def sector_mask(frames: np.ndarray) -> np.ndarray:
     Returns:
         (H, W) bool; all True when nothing moves.
     """
-    found = moving_part(frames)
-    if found is None:
+    part = moving_part(frames)
+    if part is None:
         return np.ones(frames.shape[1:], bool)
-    fan = fit_fan(*found)
-    return hull(found[1]) if fan is None else fan.mask(found[0].shape)
+    fan = fit_fan(*part)
+    return hull(part[1]) if fan is None else fan.mask(part[0].shape)
 
 
 def graphics(frames: np.ndarray) -> np.ndarray:
@@ -90,15 +90,15 @@ def isolate_sector(cine: Cine, name: str = "cine") -> tuple[np.ndarray, tuple[in
     remedy = "Only single 2-D grey cines train: leave it out"
     if is_sweep(grey):
         raise CineError(name, "it shows M-mode or spectral Doppler", remedy, "not a cine")
-    found = moving_part(grey)
-    fan = fit_fan(*found) if found is not None else None
-    if found is None:
+    part = moving_part(grey)
+    fan = fit_fan(*part) if part is not None else None
+    if part is None:
         mask = np.ones(grey.shape[1:], bool)
     else:
-        mask = hull(found[1]) if fan is None else fan.mask(grey.shape[1:])
+        mask = hull(part[1]) if fan is None else fan.mask(grey.shape[1:])
     if frames.ndim == 4 and shows_doppler(frames, mask):
         raise CineError(name, "it shows colour Doppler", remedy, "not a cine")
-    mask = mask & ~graphics(grey) if found is not None else mask
+    mask = mask & ~graphics(grey) if part is not None else mask
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         raise CineError(name, "it shows no ultrasound sector", remedy, "not a cine")

@@ -70,8 +70,8 @@ def check_itk_header(path: Path, name: str) -> None:
     fields = {
         key.strip().lower(): value.strip()
         for line in text.splitlines()
-        for key, found, value in [line.partition("=" if path.suffix.lower() != ".nrrd" else ":")]
-        if found
+        for key, sign, value in [line.partition("=" if path.suffix.lower() != ".nrrd" else ":")]
+        if sign
     }
     data = fields.get("elementdatafile") or fields.get("data file") or "local"
     if "/" in data or "\\" in data or data.startswith(".."):
