@@ -1,4 +1,4 @@
-"""What is evaluated: the frozen encoders of a checkpoint, and features that learn nothing."""
+"""What is evaluated: the frozen encoders of a checkpoint, or features that learn nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from discovr_monai.weights.files import CheckpointError, load_strict, read_check
 TRAINED = ("video_teacher", "video_student", "image_teacher", "image_student")
 SIMPLE = ("mean_frame", "temporal_std", "pixel_pca")
 BRANCHES = (*TRAINED, *SIMPLE)
-PLACES = 4  # per side, of the motion features
-THUMBNAIL = 32  # pixels per side of the simple features' pictures
+PLACES = 4  # per side: the motion features keep at most 4 x 4 places of the token grid
+THUMBNAIL = 32  # pixels per side of a simple feature's picture
 
 
 class Backbone(nn.Module):
@@ -27,7 +27,9 @@ class Backbone(nn.Module):
 
     Attributes:
         clip_shape: (3, T, H, W) of its clips.
-        grid: (t, h, w) of its tokens; tubelet_size: frames of a token; token_dim: width of one.
+        grid: (t, h, w) of a clip's tokens.
+        tubelet_size: frames that a token covers.
+        token_dim: d, the width of a token.
     """
 
     clip_shape: tuple[int, int, int, int]
@@ -44,37 +46,42 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
-def pool_tokens(found: Tensor, grid: Sequence[int]) -> dict[str, Tensor]:
-    """What is kept of a clip's tokens.
+def pool_tokens(tokens: Tensor, grid: Sequence[int]) -> dict[str, Tensor]:
+    """Features of a clip from its tokens.
 
-    A heart's tokens differ little from frame to frame, and their mean over time hides by how
-    much; "motion" is that: each feature's standard deviation over time, by place.
+    The tokens of a beating heart differ little from frame to frame, and their mean over time hides
+    by how much. "motion" keeps just that: each feature's standard deviation over time, by place.
 
     Args:
-        found: (B, g, 1 + n, d), CLS first; g groups of frames (1 for the video encoder).
-        grid: (t, h, w) of all the clip's tokens, t h w = g n.
+        tokens: (B, g, 1 + n, d), the CLS token of each group of frames first. The video encoder
+            has one group (g = 1), the image branch one for each frame.
+        grid: (t, h, w) of all the clip's patch tokens, with t h w = g n.
 
     Returns:
-        "cls" and "mean" (B, d): the mean over groups, over all tokens; "motion"
-        (B, d * min(h, 4) * min(w, 4)): the deviation over t, averaged onto at most 4 x 4 places.
+        "cls" (B, d), the mean over the groups; "mean" (B, d), the mean over all patch tokens;
+        "motion" (B, d min(h, 4) min(w, 4)), the deviation averaged onto at most 4 x 4 places.
+
+    >>> features = pool_tokens(torch.zeros(2, 1, 1 + 4 * 8 * 8, 24), (4, 8, 8))
+    >>> {name: tuple(x.shape) for name, x in features.items()}
+    {'cls': (2, 24), 'mean': (2, 24), 'motion': (2, 384)}
     """
-    cls, tokens = found[:, :, 0].mean(1), found[:, :, 1:]
-    places = tokens.reshape(found.shape[0], *grid, -1)  # (B, t, h, w, d)
-    moving = (places.var(1, unbiased=False) + 1e-12).sqrt().permute(0, 3, 1, 2)  # (B, d, h, w)
+    patches = tokens[:, :, 1:]
+    by_place = patches.reshape(len(tokens), *grid, -1)  # (B, t, h, w, d)
+    moving = (by_place.var(1, unbiased=False) + 1e-12).sqrt().permute(0, 3, 1, 2)  # (B, d, h, w)
     size = (min(grid[1], PLACES), min(grid[2], PLACES))
     motion = F.adaptive_avg_pool2d(moving, size).flatten(1)
-    return {"cls": cls, "mean": tokens.mean((1, 2)), "motion": motion}
+    return {"cls": tokens[:, :, 0].mean(1), "mean": patches.mean((1, 2)), "motion": motion}
 
 
-def pooled(found: Mapping[str, Tensor], pooling: str) -> Tensor:
-    """One of :func:`pool_tokens`' results, or "both": CLS and mean side by side."""
+def pooled(features: Mapping[str, Tensor], pooling: str) -> Tensor:
+    """One of :func:`pool_tokens`' results, or for "both" CLS and mean side by side."""
     if pooling == "both":
-        return torch.cat((found["cls"], found["mean"]), -1)
-    return found[pooling]
+        return torch.cat((features["cls"], features["mean"]), -1)
+    return features[pooling]
 
 
 class FrozenEncoder(Backbone):
-    """One branch of a trained network; the image branch looks at each frame by itself.
+    """One branch of a trained network. The image branch looks at each frame by itself.
 
     Args:
         encoder: its weights are frozen.
@@ -96,9 +103,11 @@ class FrozenEncoder(Backbone):
         return super().train(False)
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, T, H, W) normalised -> (B, t, 1 + h w, d), CLS first; one t unless by frame.
+        """Tokens of normalised clips (B, 3, T, H, W), CLS first.
 
-        The video encoder has one CLS for all tubelets: (B, 1, 1 + t h w, d).
+        Returns:
+            (B, T, 1 + h w, d) of the image branch; (B, 1, 1 + t h w, d) of the video encoder,
+            which has one CLS token for all tubelets.
         """
         if not self.by_frame:
             return self.encoder(clip)[:, None]
@@ -117,12 +126,12 @@ class FrozenEncoder(Backbone):
 
 
 class SimpleFeatures(Backbone):
-    """Pictures of a clip instead of a network: what every learned feature has to beat.
+    """Features that learn nothing, which every learned feature has to beat.
 
-    * ``mean_frame``: the mean over time, 32 x 32 pixels; token: the same of its patch;
+    * ``mean_frame``: the mean over time in 32 x 32 pixels; a token is its patch of the mean frame;
     * ``temporal_std``: the standard deviation over time, likewise;
     * ``pixel_pca``: 16 frames of 16 x 16 pixels, of which :class:`Features` keeps the first
-      principal components of the first section; token: the pixels of its tubelet.
+      principal components of the first section; a token holds the pixels of its tubelet.
 
     Args:
         kind: one of the above.
@@ -147,7 +156,7 @@ class SimpleFeatures(Backbone):
 
     @torch.no_grad()
     def embed(self, clip: Tensor) -> dict[str, Tensor]:
-        """(B, 3, T, H, W) -> "cls", "mean" and "motion", all the flattened picture."""
+        """(B, 3, T, H, W) -> "cls", "mean" and "motion", each the same flattened picture."""
         if self.kind == "pixel_pca":
             small = F.adaptive_avg_pool3d(clip.mean(1, keepdim=True), (16, 16, 16))
         else:
@@ -168,16 +177,17 @@ class SimpleFeatures(Backbone):
 
 
 def read_about(path: str | Path, expect: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A checkpoint with its description, checked against what a config expects.
+    """Reads a checkpoint and checks its description against what a config expects.
 
     Args:
-        expect: settings of the video encoder that must hold, such as ``{"embed_dim": 384}``.
+        expect: settings of the video encoder or its clips that must hold, such as
+            ``{"embed_dim": 384}``.
 
     Returns:
         The checkpoint's content, with "about" and "sha256" (16 digits of the file's hash).
 
     Raises:
-        CheckpointError: if it tells nothing of its encoders, or something else.
+        CheckpointError: if it has no description, or one that is not as expected.
     """
     state = read_checkpoint(path)
     name = Path(path).name
@@ -185,17 +195,15 @@ def read_about(path: str | Path, expect: Mapping[str, Any] | None = None) -> dic
     if not about:
         raise CheckpointError(f"{name} does not say how its encoders are built: train anew")
     for key, value in (expect or {}).items():
-        found = about["video"].get(key, about["clip"].get(key))
-        if found != value:
+        trained = about["video"].get(key, about["clip"].get(key))
+        if trained != value:
             raise CheckpointError(
-                f"{name} was trained with {key} {found}, the config expects {value}: use the "
+                f"{name} was trained with {key} {trained}, the config expects {value}: use the "
                 "checkpoint that the config is for, or change expect"
             )
-    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {**state, "sha256": digest.hexdigest()[:16]}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {**state, "sha256": digest[:16]}
 
 
 class EvaluatedEncoder:
@@ -203,11 +211,11 @@ class EvaluatedEncoder:
 
     Attributes:
         module: :class:`FrozenEncoder` or :class:`SimpleFeatures`, on the device.
-        clip: "stride", "duration", "pad_mode", "default_fps", "mean", "std" of the training.
-        sha256: of the checkpoint, 16 digits.
+        clip: "stride", "duration", "pad_mode", "default_fps", "mean" and "std" of the training.
+        sha256: the first 16 digits of the checkpoint's hash.
         training: how it was trained, as far as the checkpoint tells.
-        branch: which.
-        prepare: (batch, device) -> (B, 3, T, H, W) normalised, from uint8 under "image".
+        branch: see below.
+        prepare: (batch, device) -> normalised clips (B, 3, T, H, W), from uint8 under "image".
 
     Args:
         ckpt: last.pt or best.pt of a training.
@@ -266,5 +274,5 @@ class EvaluatedEncoder:
 
     @property
     def name(self) -> str:
-        """Hash and branch, for file names."""
+        """The checkpoint's hash and the branch, for file names."""
         return f"{self.sha256[:8]}-{self.branch}"

@@ -1,4 +1,7 @@
-"""Frozen features of a datalist's cines: computed once, kept in a file, never used when stale."""
+"""Frozen features of a datalist's cines, computed once and kept in a file.
+
+A file that was made from other cines, another checkpoint or with other settings is never used.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from discovr_monai.data.lists.datalist import Datalist
 from discovr_monai.evaluation.features.encoders import EvaluatedEncoder
 
 POOLINGS = ("cls", "mean", "both", "motion")
-COMPONENTS = 128  # of the pixels
+COMPONENTS = 128  # principal components of the pixels, at most
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Section:
     """The features of one section of a datalist.
 
     Attributes:
-        rows: the datalist's, in the arrays' order.
+        rows: of the datalist, in the arrays' order.
         cls, mean, motion: (M, D) float32, averaged over each cine's clips; see
             :func:`discovr_monai.evaluation.features.encoders.pool_tokens`.
         tokens: (M, N, d) float16 of the whole cine's clips, averaged, or None.
@@ -44,7 +47,11 @@ class Section:
     tokens: np.ndarray | None = None
 
     def pooled(self, pooling: str) -> np.ndarray:
-        """(M, D): "cls", "mean", "both" of these side by side, or "motion"."""
+        """(M, D) features: "cls", "mean", "both" (these side by side) or "motion".
+
+        Raises:
+            ValueError: for another word, and for "motion" where nothing changes over time.
+        """
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} must be one of {', '.join(POOLINGS)}")
         if pooling == "motion" and not np.ptp(self.motion) > 1e-9:
@@ -57,12 +64,16 @@ class Section:
 
 
 def patients_of(rows: Sequence[DatalistRow]) -> list[str]:
-    """Whose cine each row is; a cine of an unknown patient is a patient of its own."""
+    """Whose cine each row is. A cine of an unknown patient counts as a patient of its own.
+
+    >>> patients_of([{"image": "a.avi", "patient": "p1"}, {"image": "b.avi"}])
+    ['p1', 'cine b.avi']
+    """
     return [str(r.get("patient") or f"cine {r['image']}") for r in rows]
 
 
 def check_splits(sections: Mapping[str, Sequence[DatalistRow]]) -> None:
-    """No patient and no cine on two sides.
+    """Refuses sections that share a patient or a cine.
 
     Raises:
         ValueError: with the sections and how many patients they share.
@@ -70,8 +81,8 @@ def check_splits(sections: Mapping[str, Sequence[DatalistRow]]) -> None:
     seen: dict[str, tuple[set[str], set[str]]] = {}
     for name, rows in sections.items():
         patients, cines = set(patients_of(rows)), {r["image"] for r in rows}
-        for other, (those_patients, those_cines) in seen.items():
-            shared = len(patients & those_patients) or len(cines & those_cines)
+        for other, (other_patients, other_cines) in seen.items():
+            shared = len(patients & other_patients) or len(cines & other_cines)
             if shared:
                 raise ValueError(
                     f"{shared} patients of section {name!r} are also in {other!r}: a result would "
@@ -81,7 +92,7 @@ def check_splits(sections: Mapping[str, Sequence[DatalistRow]]) -> None:
 
 
 def data_fingerprint(root: Path, rows: Sequence[DatalistRow]) -> str:
-    """16 digits that change with the cines: their order, names, sizes and given frame rates."""
+    """16 digits that change with the cines' order, names, sizes and given frame rates."""
     digest = hashlib.sha256()
     for row in rows:
         path = root / row["image"]
@@ -94,12 +105,12 @@ class Features:
     """Features of the sections of a datalist by one encoder.
 
     Args:
-        encoder: whose; clips are sampled and normalised as in its training.
+        encoder: sees the cines; clips are sampled and normalised as in its training.
         data: the datalist.
         loader: reads the cines.
-        sections: which, such as training, validation, test; no patient may be in two.
-        file: npz to reuse, or to write when it is not there.
-        clips_per_cine: evenly spaced clips whose features are averaged.
+        sections: names such as training, validation, test; no patient may be in two.
+        file: npz that is reused, or written where it is missing.
+        clips_per_cine: how many evenly spaced clips' features are averaged.
         tokens: whether to keep all tokens too (for attentive probes); they need N times the room.
         stride, duration: other than the training's, if not None.
         batch_size: clips at once.
@@ -127,11 +138,10 @@ class Features:
         self.encoder, self.loader, self.file = encoder, loader, Path(file)
         self.rows = {name: data.rows(name) for name in dict.fromkeys(sections)}
         check_splits(self.rows)
-        self.own_sampling = own = stride is None and duration is None
-        self.sampling: dict[str, Any] = {
-            "stride": encoder.clip["stride"] if own else stride,
-            "duration": encoder.clip["duration"] if own else duration,
-        }
+        self.own_sampling = stride is None and duration is None  # as in the training
+        if self.own_sampling:
+            stride, duration = encoder.clip["stride"], encoder.clip["duration"]
+        self.sampling: dict[str, Any] = {"stride": stride, "duration": duration}
         self.clips_per_cine, self.keep_tokens = clips_per_cine, tokens
         self.batch_size, self.workers = batch_size, workers
         self.about = {
@@ -146,7 +156,7 @@ class Features:
         self._loaded: dict[str, Section] | None = None
 
     def load(self) -> dict[str, Section]:
-        """All sections; from the file, or computed and written to it."""
+        """All sections, read from the file or computed and written to it."""
         if self._loaded is None:
             arrays = self._read() if self.file.exists() else {}
             missing = [name for name in self.rows if f"{name}/motion" not in arrays]
@@ -168,7 +178,15 @@ class Features:
         return self.load()[section]
 
     def clips(self, num_clips: int | None = None, random: bool = False) -> Compose:
-        """Row -> clips: (C, T, H, W), or (n, C, T, H, W) for n > 1; n is clips_per_cine if None."""
+        """A transform from a row to its clips under "image".
+
+        Args:
+            num_clips: n, clips_per_cine if None.
+            random: whether they begin at random frames or are evenly spaced.
+
+        Returns:
+            Row -> (C, T, H, W), or (n, C, T, H, W) for n > 1.
+        """
         clip = self.encoder.clip
         sample = SampleClipd(
             num_frames=self.encoder.num_frames,
@@ -181,12 +199,12 @@ class Features:
         return Compose([self.loader, sample])
 
     def thumbnail(self, row: DatalistRow) -> np.ndarray:
-        """(s, s) uint8, the middle frame of a cine as the network sees it."""
+        """(s, s) uint8, a cine's middle frame as the network sees it."""
         image = self.loader(cast(dict, row))["image"]  # (C, T, s, s)
         return np.array(image[0, image.shape[1] // 2])
 
     def _compute(self, arrays: dict[str, Any], missing: Sequence[str]) -> dict[str, Any]:
-        """Adds the missing sections and writes the file."""
+        """Adds the missing sections to the arrays and writes the file."""
         if self.encoder.branch == "pixel_pca":  # its components are those of the first section
             arrays, missing = {}, list(self.rows)
         computed = {name: self._section(name, self.rows[name]) for name in missing}
@@ -198,9 +216,9 @@ class Features:
             "about": np.array(json.dumps(self.about, sort_keys=True)),
             "cines": np.array(json.dumps(cines, sort_keys=True)),
         }
-        for name, found in computed.items():
+        for name, features in computed.items():
             arrays[f"{name}/id"] = np.array([r["id"] for r in self.rows[name]])
-            arrays |= {f"{name}/{key}": value for key, value in found.items()}
+            arrays |= {f"{name}/{key}": value for key, value in features.items()}
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file:
@@ -214,24 +232,28 @@ class Features:
         dataset = ClipDataset(rows, self.clips())
         per_batch = max(1, self.batch_size // self.clips_per_cine)
         batches = torch.utils.data.DataLoader(dataset, per_batch, num_workers=self.workers)
-        found: dict[str, list[np.ndarray]] = {"cls": [], "mean": [], "motion": []}
+        parts: dict[str, list[np.ndarray]] = {"cls": [], "mean": [], "motion": []}
         for batch in tqdm(batches, desc=f"features of {name}", unit="batch"):
             image = torch.as_tensor(batch["image"])
             clips = image.flatten(0, 1) if self.clips_per_cine > 1 else image
             ready = self.encoder.prepare({"image": clips}, self.encoder.device)
             for key, value in self.encoder.module.embed(ready).items():
-                found[key].append(self._per_cine(value.float()))
+                parts[key].append(self._per_cine(value.float()))
             if self.keep_tokens:
                 tokens = self.encoder.module.tokens(ready).flatten(1, 3).float()  # (B, N, d)
-                found.setdefault("tokens", []).append(self._per_cine(tokens).astype(np.float16))
-        return {key: np.concatenate(values) for key, values in found.items()}
+                parts.setdefault("tokens", []).append(self._per_cine(tokens).astype(np.float16))
+        return {key: np.concatenate(values) for key, values in parts.items()}
 
     def _per_cine(self, values: torch.Tensor) -> np.ndarray:
         """(B n, ...) -> (B, ...), the mean over each cine's n clips."""
         return values.unflatten(0, (-1, self.clips_per_cine)).mean(1).cpu().numpy()
 
     def _read(self) -> dict[str, Any]:
-        """The file's arrays, if they are what would be computed."""
+        """The file's arrays.
+
+        Raises:
+            ValueError: if they are not what would be computed.
+        """
         remedy = "remove it, or name another with --features_file"
         try:
             with np.load(self.file, allow_pickle=False) as content:
@@ -255,29 +277,31 @@ class Features:
 
 
 def _reduce(sections: dict[str, dict[str, np.ndarray]]) -> None:
-    """Principal components of the first section's pixels, in place."""
+    """Replaces pixels by their principal components in the first section."""
     from sklearn.decomposition import PCA
 
     first = next(iter(sections.values()))["cls"]
     pca = PCA(min(COMPONENTS, *first.shape), svd_solver="full").fit(first)
-    for found in sections.values():
-        found["cls"] = found["mean"] = found["motion"] = pca.transform(found["cls"]).astype(
-            np.float32
-        )
+    for features in sections.values():
+        components = pca.transform(features["cls"]).astype(np.float32)
+        features |= dict.fromkeys(("cls", "mean", "motion"), components)
 
 
 def subset_by_patient(
     rows: Sequence[DatalistRow], fraction: float, seed: int, classes: np.ndarray | None = None
 ) -> np.ndarray:
-    """Indices of about ``fraction`` of the patients' rows, for few-label curves.
+    """Indices of the rows of about ``fraction`` of the patients, for few-label curves.
 
-    Smaller fractions are subsets of larger ones. With classes, patients are taken in turn from
-    each class, and at least one of each class.
+    A smaller fraction is a part of a larger one. With classes, the fraction is taken of the
+    patients of each class, and at least one patient of every class.
 
     Args:
         fraction: in (0, 1].
         seed: of the patients' order.
         classes: (M,) int or None.
+
+    Raises:
+        ValueError: if the fraction is out of range.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"label fraction {fraction} must lie in (0, 1]")
@@ -290,10 +314,10 @@ def subset_by_patient(
         group = {p: int(classes[owners == p][0]) for p in order}
     chosen: set[str] = set()
     for value in sorted(set(group.values())):
-        mine = [p for p in order if group[p] == value]
-        chosen |= set(mine[: max(1 if classes is not None else 2, round(fraction * len(mine)))])
-    if classes is not None:  # one may come on some patients' later rows only
+        members = [p for p in order if group[p] == value]
+        least = 1 if classes is not None else 2
+        chosen |= set(members[: max(least, round(fraction * len(members)))])
+    if classes is not None:  # a class may occur on some patients' later rows only
         for value in np.unique(classes):
-            its = set(owners[classes == value])
-            chosen.add(next(p for p in order if p in its))
+            chosen.add(next(p for p in order if p in owners[classes == value]))
     return np.flatnonzero(np.isin(owners, list(chosen)))

@@ -11,7 +11,11 @@ DISCS = 20
 
 
 def dice(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """2 |A and B| / (|A| + |B|) of two bool masks; NaN if both are empty."""
+    """Dice of two bool masks, 2 |A and B| / (|A| + |B|); NaN if both are empty.
+
+    >>> dice(np.array([True, True, False]), np.array([True, False, False]))
+    0.6666666666666666
+    """
     total = truth.sum() + predicted.sum()
     return float(2 * (truth & predicted).sum() / total) if total else float("nan")
 
@@ -25,9 +29,10 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def simpson_volume(cavity: np.ndarray, spacing: Sequence[float]) -> float:
-    """Single-plane Simpson volume of the LV cavity: pi / 4 sum d_i^2 L / 20.
+    """Single-plane Simpson volume of the LV cavity, pi / 4 sum_i d_i^2 L / 20.
 
-    The long axis is the principal axis of the largest component; discs are its widths across.
+    L is the length of the largest component along its principal axis, and d_i its mean width across
+    the axis in each of 20 discs of equal height.
 
     Args:
         cavity: (H, W) bool.
@@ -52,9 +57,15 @@ def simpson_volume(cavity: np.ndarray, spacing: Sequence[float]) -> float:
 
 
 def ejection_fraction(volumes: np.ndarray, ed: int | None = None, es: int | None = None) -> float:
-    """EF in percent from a volume curve; largest and smallest volume unless frames are given.
+    """EF in percent from a curve of volumes, 100 (EDV - ESV) / EDV; NaN if EDV is 0.
 
-    The curve's extremes are its 95th and 5th percentiles, so that one bad frame does not decide.
+    Args:
+        volumes: (T,), in any unit.
+        ed, es: frames of end diastole and end systole. Without them, EDV and ESV are the 95th and
+            the 5th percentile of the curve, so that one bad frame does not decide.
+
+    >>> ejection_fraction(np.array([120.0, 48.0, 110.0]), ed=0, es=1)
+    60.0
     """
     high = float(volumes[ed]) if ed is not None else float(np.percentile(volumes, 95))
     low = float(volumes[es]) if es is not None else float(np.percentile(volumes, 5))
@@ -62,7 +73,8 @@ def ejection_fraction(volumes: np.ndarray, ed: int | None = None, es: int | None
 
 
 def grid_ceiling(mask: np.ndarray, grid: tuple[int, int], classes: int) -> np.ndarray:
-    """The best label map that a token grid allows: averaged to the grid, upsampled, argmax.
+    """The label map that a token grid allows: each label's area is averaged onto the grid and
+    upsampled, and the largest wins.
 
     Args:
         mask: (H, W) int labels.

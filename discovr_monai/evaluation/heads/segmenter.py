@@ -1,4 +1,4 @@
-"""A head on patch tokens, and the clips that it looks at to label every frame of a cine."""
+"""A segmentation head on patch tokens, and the clips through which it sees a cine's frames."""
 
 from __future__ import annotations
 
@@ -21,16 +21,24 @@ HEADS = ("linear", "conv")
 def frames_around(
     length: int, frame: int, num_frames: int, stride: float, slot: int, tubelet: int
 ) -> tuple[np.ndarray, int]:
-    """A clip that holds a given frame at a given place of its tubelet, the middle if it can.
+    """A clip that holds a given frame at a given place of a tubelet.
+
+    Of the clip's tubelets it is the one with which the fewest frames lie outside of the cine, and
+    of these the one nearest to the clip's middle.
 
     Args:
-        length: of the cine; frame: in 0..length-1.
+        length: frames of the cine.
+        frame: of the cine, 0..length-1.
         num_frames, stride: of the clip.
         slot: place in the tubelet, 0..tubelet-1.
+        tubelet: frames of a tubelet.
 
     Returns:
-        (num_frames,) frames of the cine (its ends repeat where it is too short), and the
-        position of ``frame`` among them.
+        (num_frames,) frames of the cine (its ends repeat where it is too short), and the position
+        of ``frame`` among them.
+
+    >>> frames_around(length=20, frame=9, num_frames=4, stride=2, slot=0, tubelet=2)
+    (array([ 5,  7,  9, 11]), 2)
     """
     places = np.arange(slot, num_frames, tubelet)
     first = frame - places * stride
@@ -42,11 +50,15 @@ def frames_around(
 
 
 def cover(length: int, num_frames: int, stride: int) -> Iterator[np.ndarray]:
-    """Clips (num_frames,) of ``stride`` that together hold every frame of a cine."""
+    """Clips (num_frames,) of a stride that together hold every frame of a cine.
+
+    >>> [clip.tolist() for clip in cover(length=6, num_frames=2, stride=2)]
+    [[0, 2], [2, 4], [1, 3], [3, 5]]
+    """
     for phase in range(min(stride, length)):
         walk = np.arange(phase, length, stride)
         for start in range(0, len(walk), num_frames):
-            start = max(0, min(start, len(walk) - num_frames))  # the last one ends at the end
+            start = max(0, min(start, len(walk) - num_frames))  # the last clip ends with the cine
             clip = walk[start : start + num_frames]
             yield np.pad(clip, (0, num_frames - len(clip)), mode="edge")
 
@@ -58,8 +70,8 @@ class SegmentationHead(nn.Module):
         dim: width of a token.
         classes: with background.
         tubelet: frames of a token.
-        kind: "linear" (batch norm without affine, 1 x 1) or "conv" (two 3 x 3 layers, each
-            followed by doubling the grid).
+        kind: "linear" (batch norm without affine, then a 1 x 1 convolution) or "conv" (two 3 x 3
+            convolutions, after each of which the grid is doubled).
     """
 
     def __init__(self, dim: int, classes: int, tubelet: int, kind: str = "linear") -> None:
@@ -92,7 +104,7 @@ class SegmentationHead(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """An encoder, frozen but for its last blocks, and a head.
+    """A segmentation head on an encoder that is frozen but for its last blocks.
 
     Args:
         encoder: :class:`FrozenEncoder` (copied if blocks are trained) or simple features.
@@ -116,17 +128,17 @@ class Segmenter(nn.Module):
         if blocks:
             if not isinstance(encoder, FrozenEncoder):
                 raise ValueError("simple features have no blocks to train: set blocks to 0")
-            self.encoder = own = copy.deepcopy(encoder)
+            self.encoder = trained = copy.deepcopy(encoder)
             self.groups += last_blocks(
-                own.encoder, blocks, layer_decay=layer_decay, weight_decay=weight_decay
+                trained.encoder, blocks, layer_decay=layer_decay, weight_decay=weight_decay
             )
 
     def tokens(self, clip: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, t, h, w, d); with gradient only if blocks are trained."""
         if not self.blocks:
             return self.encoder.tokens(clip)
-        found = self.encoder(clip)[:, :, 1:]
-        return found.reshape(len(clip), *self.encoder.grid, -1)
+        tokens: Tensor = self.encoder(clip)[:, :, 1:]
+        return tokens.reshape(len(clip), *self.encoder.grid, -1)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (B, classes, h', w') of one frame of each sample.
@@ -151,7 +163,7 @@ class Segmenter(nn.Module):
 
 
 def clip_stride(clip: Mapping[str, Any], num_frames: int, fps: float | None, name: str) -> float:
-    """Frames between samples of the training's clips, for a cine of this frame rate.
+    """How many frames of a cine lie between two samples of a clip like those of the training.
 
     Args:
         clip: how a checkpoint's clips were sampled: "stride" or "duration", "default_fps".
@@ -160,21 +172,21 @@ def clip_stride(clip: Mapping[str, Any], num_frames: int, fps: float | None, nam
         name: of the cine, for the error.
 
     Raises:
-        CineError: by time, and the frame rate is unknown.
+        CineError: if clips are sampled by time, and the frame rate is unknown.
     """
-    known = {key: clip[key] for key in ("stride", "duration", "default_fps")}
-    return SampleClipd(num_frames=num_frames, **known).stride_of(fps, name)
+    sampling = {key: clip[key] for key in ("stride", "duration", "default_fps")}
+    return SampleClipd(num_frames=num_frames, **sampling).stride_of(fps, name)
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """(F, C, H, W) logits -> (F, H, W) the class that wins."""
+    """(F, C, H, W) logits -> (F, H, W), the class with the largest logit."""
     return logits.argmax(1)
 
 
 def percent_sure(logits: Tensor) -> Tensor:
-    """(F, C, H, W) logits -> (F, H, W) percent, the probability of the class that wins.
+    """(F, C, H, W) logits -> (F, H, W), the largest class probability in percent.
 
-    From 100 / C (any class might be right) to 100.
+    It lies between 100 / C, where all classes are as likely, and 100.
     """
     return (100 * logits.softmax(1).amax(1)).round()
 
@@ -188,15 +200,16 @@ def label_frames(
     batch_size: int,
     read: Callable[[Tensor], Tensor] = most_likely,
 ) -> np.ndarray:
-    """Label maps of a cine's frames, or how sure they are.
+    """Label maps of a cine's frames, or how sure the network is of them.
 
     Args:
         cine: (C, T, S, S) uint8.
-        clips: frames (num_frames,) of the cine, and which of these positions are wanted.
+        clips: for each clip its frames (num_frames,) of the cine, and the positions among them
+            whose maps are wanted.
         size: side of the maps.
         prepare: {"image": (B, C, num_frames, S, S) uint8} -> the network's input.
         batch_size: clips at once.
-        read: :func:`most_likely` or :func:`percent_sure`.
+        read: what is made of the logits, :func:`most_likely` or :func:`percent_sure`.
 
     Returns:
         (T, size, size) uint8; 0 where no clip wanted the frame.
@@ -207,6 +220,6 @@ def label_frames(
         images = torch.from_numpy(np.stack([np.asarray(cine[:, s]) for s, _ in chunk]))
         logits = network.every_frame(prepare({"image": images}))
         for (frames, wanted), maps in zip(chunk, logits, strict=True):
-            found = F.interpolate(maps[wanted], (size,) * 2, mode="bilinear", align_corners=False)
-            out[frames[wanted]] = read(found).byte().cpu().numpy()
+            full = F.interpolate(maps[wanted], (size,) * 2, mode="bilinear", align_corners=False)
+            out[frames[wanted]] = read(full).byte().cpu().numpy()
     return out

@@ -1,4 +1,4 @@
-"""Where an evaluation's figures go: one JSON, one CSV, predictions, pictures, a page, MLflow."""
+"""Where an evaluation's results go: JSON, CSV, pictures, an HTML page and MLflow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TITLES = {
 
 
 class Picture(NamedTuple):
-    """A file, what it shows (for those who do not see it), and what is written below it."""
+    """A picture's file, what it shows (for those who do not see it), and its caption."""
 
     file: Path
     alt: str
@@ -41,17 +41,18 @@ class Results:
     """Collects the figures of one evaluation and writes them when it is finished.
 
     ``results.json`` and ``results.csv`` hold each metric with its 95 % interval over patients,
-    ``predictions.csv`` each cine's, by salted id, ``report.html`` all of it to look at. The same
-    checkpoint and data give the same bytes.
+    ``predictions.csv`` what was predicted of each cine, by salted id, and ``report.html`` is a page
+    that shows all of it. The same checkpoint and data give the same bytes.
 
     Attributes:
+        facts: what else goes into results.json, such as a chosen penalty.
         cines: for the page's players.
         retrieval: for the page, queries with the cases that are nearest to them.
 
     Args:
         task: "knn", "lvef", ...
-        output_dir: for all files.
-        settings: what was evaluated and how; goes into the JSON and MLflow. No paths.
+        output_dir: folder of all files.
+        settings: what was evaluated and how; goes into the JSON and MLflow, so it holds no paths.
         draws, seed: of the bootstrap.
         tracking_uri: MLflow's store, None for none.
         experiment_name: MLflow's experiment.
@@ -99,13 +100,14 @@ class Results:
             method: what made the predictions ("k=10", "ridge", "training median").
             rows: whose samples they are, in the metrics' order.
             metrics: weights (..., M) -> {name: (...)}.
-            label_fraction: share of the training labels used.
-            headlines: metric -> its name among those that sum the evaluation up: on top of the
-                page, and in MLflow beside those of the checkpoint's other evaluations.
+            label_fraction: share of the training labels that was used.
+            headlines: metric -> its name among the figures that sum the evaluation up. They stand
+                on top of the page, and in MLflow beside those of the same checkpoint's other
+                evaluations.
         """
         patients = patients_of(rows)
-        found = estimate(metrics, patients, self.draws, self.seed)
-        for name, figure in found.items():
+        estimates = estimate(metrics, patients, self.draws, self.seed)
+        for name, figure in estimates.items():
             self.figures.append(
                 {
                     "section": section,
@@ -119,7 +121,7 @@ class Results:
             )
             if headlines and name in headlines:
                 self.headlines.append({**self.figures[-1], "name": headlines[name]})
-        return found
+        return estimates
 
     def predict(
         self,
@@ -129,14 +131,14 @@ class Results:
         label_fraction: float = 1.0,
         **columns: np.ndarray,
     ) -> None:
-        """Keeps each row's prediction; columns are (M,) or (M, n)."""
+        """Keeps what was predicted of each row; columns are (M,), or (M, n) for n columns."""
         wide: dict[str, np.ndarray] = {}
         for name, values in columns.items():
             values = np.asarray(values)
             if values.ndim == 1:
                 wide[name] = values
             else:
-                wide |= {f"{name}_{i}": values[:, i] for i in range(values.shape[1])}
+                wide |= {f"{name}_{i}": column for i, column in enumerate(values.T)}
         for i, row in enumerate(rows):
             self.predictions.append(
                 {
@@ -148,20 +150,18 @@ class Results:
                 }
             )
 
-    def draw(
-        self, name: str, caption: str, how: Callable[..., str | None], *content: Any, **more: Any
-    ) -> None:
+    def draw(self, name: str, caption: str, how: Callable[..., str | None], *content: Any) -> None:
         """Makes a picture for the page and MLflow.
 
         Args:
             name: of the file.
-            caption: written below it.
-            how: (file, *content, **more) writes it and says what it shows; None if it wrote none.
+            caption: stands below it.
+            how: (file, *content) writes it and returns what it shows, or None if it wrote nothing.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / name
         file.unlink(missing_ok=True)  # of a run before
-        alt = how(file, *content, **more)
+        alt = how(file, *content)
         if alt is not None:
             self.pictures.append(Picture(file, alt, caption))
 
@@ -178,11 +178,9 @@ class Results:
     def finish(self) -> dict[str, Any]:
         """Writes everything, prints a table, returns :meth:`content`."""
         content = self.content()
-        text = json.dumps(content, indent=1) + "\n"
-        write_text(self.folder / "results.json", text)
-        for name, rows in (("results.csv", self.figures), ("predictions.csv", self.predictions)):
-            table = _csv(rows)
-            write_text(self.folder / name, table)
+        write_text(self.folder / "results.json", json.dumps(content, indent=1) + "\n")
+        write_text(self.folder / "results.csv", _csv(self.figures))
+        write_text(self.folder / "predictions.csv", _csv(self.predictions))
         self._page()
         print(self.table())
         written = "results.json, results.csv, predictions.csv, report.html"
@@ -202,15 +200,15 @@ class Results:
         return content
 
     def _page(self) -> None:
-        """Everything to look at; animations are left out where players show the same."""
-        drawn = {"bootstrap draws": self.draws, "seed": self.seed}
-        about = {**self.settings, **self.facts, **drawn}
+        """Writes report.html; animations are left out where players show the same."""
+        bootstrap = {"bootstrap draws": self.draws, "seed": self.seed}
+        about = {**self.settings, **self.facts, **bootstrap}
         shown = [p for p in self.pictures if p.file.suffix != ".gif" or not self.cines]
         write_evaluation_page(
             self.folder / "report.html",
             TITLES.get(self.task, self.task.replace("_", " ").capitalize()),
             self.figures,
-            {k: v for k, v in about.items() if v != {}},  # a checkpoint may tell no training
+            {k: v for k, v in about.items() if v != {}},  # such as the training of a converted file
             [(p.file, p.alt, p.caption) for p in shown],
             self.cines,
             self.retrieval,
@@ -218,7 +216,7 @@ class Results:
         )
 
     def _headlines(self) -> dict[str, float]:
-        """Name -> value of what sums the evaluation up, of the first section that is tested."""
+        """Name -> value of the headlines; sections but the first are named."""
         first = self.headlines[0]["section"] if self.headlines else ""
         return {
             h["name"] if h["section"] == first else f"{h['name']}, {h['section']}": h["value"]
@@ -227,11 +225,12 @@ class Results:
         }
 
     def _flat(self) -> dict[str, float]:
+        """All figures and their intervals under names that MLflow takes."""
         flat = {}
         for f in self.figures:
             share = "" if f["label_fraction"] == 1 else f" {100 * f['label_fraction']:g} percent"
             name = f"{f['section']}/{f['method']}{share}/{f['metric']}"
-            name = re.sub(r"[^\w\-. :/]", " ", name)  # what MLflow takes
+            name = re.sub(r"[^\w\-. :/]", " ", name)
             for suffix, key in (("", "value"), (" low", "low"), (" high", "high")):
                 if f[key] is not None:
                     flat[name + suffix] = f[key]
@@ -242,8 +241,8 @@ class Results:
         groups: dict[tuple, list[str]] = {}
         for f in self.figures:
             key = (f["section"], f["method"], f["label_fraction"])
-            shown = f"{f['metric']} {_short(f['value'])} [{_short(f['low'])}, {_short(f['high'])}]"
-            groups.setdefault(key, []).append(shown)
+            value, low, high = (_short(f[k]) for k in ("value", "low", "high"))
+            groups.setdefault(key, []).append(f"{f['metric']} {value} [{low}, {high}]")
         lines = [f"{self.task}, with 95 % bootstrap intervals over patients"]
         for (section, method, share), figures in groups.items():
             labels = "" if share == 1 else f", {100 * share:g} % of the labels"
@@ -252,7 +251,7 @@ class Results:
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits; what is not finite becomes None (JSON has no NaN)."""
+    """A float with six significant digits, or None if it is not finite (JSON has no NaN)."""
     if isinstance(value, bool) or not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
