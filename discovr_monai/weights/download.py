@@ -163,8 +163,8 @@ def download(
         if expected not in (None, digest):
             _remove(partial)
             raise DownloadError(
-                f"{entry.file} has SHA-256 {digest}, not {expected}: removed. It is another version "
-                "or was tampered with: ask its publisher"
+                f"{entry.file} has SHA-256 {digest}, not {expected}: removed. It is another "
+                "version or was tampered with: ask its publisher"
             )
         partial.replace(target)
         _remove(partial)
@@ -242,14 +242,6 @@ def _fetch(url: str, partial: Path, name: str) -> None:
         )
         try:
             transfer(url, file, None)
-        except requests.HTTPError as error:
-            response = error.response
-            if response.status_code == 416:  # all is sent: what is here is of something else
-                file.truncate(0)
-            raise DownloadError(
-                f"{name}: the publisher answers {response.status_code} {response.reason}; it may "
-                "have moved, or try again"
-            ) from error
         except requests.exceptions.ChunkedEncodingError:
             pass  # the connection broke after the answer's beginning: the size below tells
         except requests.RequestException as error:
@@ -286,8 +278,14 @@ class _Answer:
         """Called by requests for every answer, redirects included, before its content is read."""
         if response.is_redirect:
             _safe(urllib.parse.urljoin(response.url, response.headers["Location"]))
-        if response.is_redirect or not response.ok:
             return
+        if response.status_code == 416:  # all is sent: what is here is of something else
+            self.file.truncate(0)
+        if not response.ok:
+            raise DownloadError(
+                f"{self.name}: the publisher answers {response.status_code} {response.reason}; it "
+                "may have moved, or try again"
+            )
         headers = response.headers
         if response.status_code != 206:
             self.start = 0
