@@ -1,4 +1,4 @@
-"""Where things stand in a page's charts: percent of the width and height, so that they stretch."""
+"""What stands where in a page's charts, in percent of width and height, so that charts stretch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-CLOSE = 12  # percent of the width: labels nearer than this are drawn away from each other
+CLOSE = 12  # percent of the width; labels that are closer are moved away from each other
 
 
 @dataclass(frozen=True)
 class Tick:
-    """``at`` percent, ``text`` beside it."""
+    """A mark of an axis: its place in percent, and the text beside it."""
 
     at: float
     text: str
@@ -25,7 +25,10 @@ def ticks_of(low: float, high: float, count: int, *, whole: bool = False) -> lis
     """About ``count`` round numbers from ``low`` or just below to ``high`` or just above.
 
     Args:
-        whole: no fractions.
+        whole: whether only whole numbers are wanted.
+
+    >>> ticks_of(0, 9.3, 4)
+    [0.0, 5.0, 10.0]
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -36,14 +39,14 @@ def ticks_of(low: float, high: float, count: int, *, whole: bool = False) -> lis
 
 @dataclass(frozen=True)
 class Curve:
-    """Area over time.
+    """A curve of the area over time.
 
     Attributes:
-        points: of a polyline in a box of 1000 x 1000, y downwards.
+        points: of an SVG polyline in a box of 1000 x 1000, y downwards.
         x_ticks, y_ticks: in percent from the left and from the top.
         top: area at the upper edge.
-        marks: (name, percent from the left, from the top, text-anchor) of ED and ES.
-        truth: lines and dots like ``points``, where the true area is known.
+        marks: (name, percent from the left, percent from the top, text-anchor) of ED and ES.
+        truth: like ``points``, a line for each run of frames whose true area is known.
     """
 
     points: str
@@ -60,9 +63,11 @@ def draw_curve(
     phases: Mapping[str, int],
     truth: np.ndarray | None = None,
 ) -> Curve:
-    """(T,) areas over seconds, or over frames where the rate is unknown.
+    """A curve over seconds, or over frames where the frame rate is unknown.
 
     Args:
+        area: (T,) in any unit.
+        fps: frames per second, or None.
         phases: "ED" and "ES" -> frame.
         truth: (T,) true areas, NaN where unknown; None for none.
     """
@@ -73,8 +78,9 @@ def draw_curve(
     x, y = 100 * np.arange(len(area)) / last, 100 - 100 * area / top
 
     def line(frames: Sequence[int] | np.ndarray, height: np.ndarray) -> str:
-        twice = [*frames, *frames] if len(frames) == 1 else frames  # which draws a dot
-        return " ".join(f"{10 * x[f]:.0f},{10 * height[f]:.0f}" for f in twice)
+        if len(frames) == 1:
+            frames = [*frames, *frames]  # a line from a point to itself draws a dot
+        return " ".join(f"{10 * x[f]:.0f},{10 * height[f]:.0f}" for f in frames)
 
     known = np.flatnonzero(np.isfinite(true))
     runs = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if len(known) else []
@@ -92,7 +98,7 @@ def draw_curve(
 
 
 def _marks(places: Mapping[str, tuple[float, float]]) -> list[tuple[str, float, float, str]]:
-    """Names stay inside the chart and off each other."""
+    """Places of names, which stay inside the chart and do not cover each other."""
     ordered = sorted(places.items(), key=lambda item: item[1])
     anchors = {}
     for name, (x, _) in ordered:
@@ -117,8 +123,8 @@ class Headline:
 
 
 def headlines_of(figures: Sequence[Mapping[str, Any]]) -> list[Headline]:
-    """Figures like those of :func:`metric_tables`, with "name", in their order."""
-    found = []
+    """Headlines of figures like those of :func:`metric_tables`, with "name"; undefined ones go."""
+    headlines = []
     for figure in figures:
         value, low, high = (number(figure[k]) for k in ("value", "low", "high"))
         if value is None:
@@ -126,11 +132,12 @@ def headlines_of(figures: Sequence[Mapping[str, Any]]) -> list[Headline]:
         n = _digits(max(abs(v) for v in (value, low, high) if v is not None))
         ends = "" if low is None or high is None else f"{_text(low, n)} to {_text(high, n)}"
         about = f"{figure['section']}, {figure['method']}"
-        found.append(Headline(str(figure["name"]), _text(value, n), ends, about))
-    return found
+        headlines.append(Headline(str(figure["name"]), _text(value, n), ends, about))
+    return headlines
 
 
 def _digits(largest: float) -> int:
+    """Decimals that values up to ``largest`` are shown with."""
     return 3 if largest <= 2 else 2 if largest <= 10 else 1
 
 
@@ -169,7 +176,7 @@ class MetricTable:
 
 
 def metric_tables(metrics: Sequence[Mapping[str, Any]]) -> list[MetricTable]:
-    """Figures by section and metric, in their order.
+    """Tables of figures by section and metric, in their order.
 
     Args:
         metrics: as in results.json: section, method, label_fraction, metric, value, low, high
@@ -191,8 +198,8 @@ def _table(section: str, figures: Sequence[Mapping[str, Any]]) -> MetricTable:
 
 
 def _group(name: str, figures: Sequence[Mapping[str, Any]], counted: bool) -> MetricGroup:
-    found = [number(f[k]) for f in figures for k in ("value", "low", "high")]
-    drawn = [v for v in found if v is not None]
+    numbers = [number(f[k]) for f in figures for k in ("value", "low", "high")]
+    drawn = [v for v in numbers if v is not None]
     low, high = (min(drawn), max(drawn)) if drawn else (0.0, 1.0)
     ends = [0.0, 1.0] if low >= 0 and high <= 1 else ticks_of(min(low, 0), max(high, 0), 4)
     begin, end = ends[0], ends[-1]
@@ -255,7 +262,11 @@ _SPELT = {
 
 
 def metric_name(key: str) -> str:
-    """A metric's key as it is read: "hd95_lv_mm" -> "HD95 LV (mm)"."""
+    """A metric's key as people read it.
+
+    >>> metric_name("hd95_lv_mm")
+    'HD95 LV (mm)'
+    """
     words = re.sub(r"^coverage_([\d.]+)$", r"coverage of the \1 % interval", key).replace("_", " ")
     text = " ".join(_SPELT.get(w, w) for w in words.split(" "))
     return text[:1].upper() + text[1:]

@@ -1,4 +1,4 @@
-"""Frames and label maps as what a page can hold: JPEG sheets, data URIs, outlines."""
+"""Frames and label maps in forms that a page can hold: JPEG sheets, data URIs, SVG outlines."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from scipy import ndimage
 QUALITY = 85  # of JPEG
 SHOWN = 256  # pixels per side of a square cine that is read for a page
 LONGEST = 512  # pixels of a frame's longer side; larger frames are made smaller
-SHEET = 4_000_000  # pixels of a sheet of frames, which every browser can hold
-BLOCK = 8  # JPEG codes blocks of 8 x 8: cells of whole blocks do not shine into their neighbours
-UNITS = 10  # of an outline, to a pixel
-SMOOTH = 4.0  # pixels along an outline
-FLAT = 0.05  # pixels that a simplified outline may be off
+SHEET = 4_000_000  # pixels of a sheet of frames at most; every browser can hold so many
+BLOCK = 8  # JPEG codes blocks of 8 x 8: cells of whole blocks leave no traces in their neighbours
+UNITS = 10  # units of an outline's coordinates to a pixel
+SMOOTH = 4.0  # standard deviation of an outline's smoothing, in pixels along it
+FLAT = 0.05  # pixels by which a simplified outline may deviate
 
 
 def data_uri(content: bytes) -> str:
-    """PNG, GIF or JPEG as a data URI.
+    """A PNG, GIF or JPEG as a data URI.
 
     Raises:
-        ValueError: of any other content.
+        ValueError: if the content is none of them.
+
+    >>> data_uri(b"GIF89a")
+    'data:image/gif;base64,R0lGODlh'
     """
     kinds = {b"\x89PNG": "png", b"GIF8": "gif", b"\xff\xd8\xff": "jpeg"}
     for start, kind in kinds.items():
@@ -36,14 +39,14 @@ def data_uri(content: bytes) -> str:
 
 
 def jpeg(picture: np.ndarray) -> str:
-    """(H, W) uint8 as a data URI."""
+    """(H, W) uint8 as a data URI of a JPEG."""
     written = io.BytesIO()
     Image.fromarray(picture).save(written, "JPEG", quality=QUALITY, optimize=True)
     return data_uri(written.getvalue())
 
 
 def shrink(frames: np.ndarray) -> np.ndarray:
-    """(T, H, W) uint8 -> (T, h, w) with a longer side of at most ``LONGEST``."""
+    """(T, H, W) uint8 -> (T, h, w), whose longer side is at most ``LONGEST``."""
     height, width = frames.shape[1:]
     factor = LONGEST / max(height, width)
     if factor >= 1:
@@ -54,13 +57,14 @@ def shrink(frames: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sheets:
-    """A cine as few pictures with many cells, in reading order.
+    """A cine as a few pictures, each a grid of cells with a frame each in reading order.
 
     Attributes:
         pictures: data URIs.
-        cell: (width, height) of a cell, of which the top left ``size`` is the frame.
+        cell: (width, height) of a cell; the frame is at its top left.
         size: (width, height) of a frame.
-        columns: of cells; per_sheet: frames of each picture but the last.
+        columns: cells in a row.
+        per_sheet: frames of each picture but the last.
     """
 
     pictures: list[str]
@@ -71,7 +75,7 @@ class Sheets:
 
 
 def draw_sheets(frames: np.ndarray) -> Sheets:
-    """(T, H, W) uint8 -> sheets."""
+    """Sheets of (T, H, W) uint8 frames."""
     frames = shrink(frames)
     count, height, width = frames.shape
     padding = ((0, 0), (0, -height % BLOCK), (0, -width % BLOCK))
@@ -90,7 +94,11 @@ def draw_sheets(frames: np.ndarray) -> Sheets:
 
 
 def resize_labels(labels: np.ndarray, side: int) -> np.ndarray:
-    """(T, S, S) labels -> (T, side, side), each pixel's nearest."""
+    """(T, S, S) labels -> (T, side, side), each pixel with the label of its nearest one.
+
+    >>> resize_labels(np.array([[[0, 1], [2, 3]]]), 4)[0, 0].tolist()
+    [0, 0, 1, 1]
+    """
     places = ((np.arange(side) + 0.5) * labels.shape[1] / side).astype(int)
     return labels[:, places][:, :, places]
 
@@ -98,7 +106,7 @@ def resize_labels(labels: np.ndarray, side: int) -> np.ndarray:
 def outlines(labels: np.ndarray, structures: Sequence[str]) -> list[str]:
     """The outline of each structure of one label map, as an SVG path.
 
-    Stairs are smoothed by about a pixel. Coordinates are tenths of a pixel from the top left
+    The stairs of the pixels are smoothed away. Coordinates are tenths of a pixel from the top left
     corner of the map.
 
     Args:
@@ -122,14 +130,14 @@ def _outline(mask: np.ndarray) -> str:
 
 
 def _smooth(points: np.ndarray) -> np.ndarray:
-    """A closed (n, 2) line without its stairs; along the line, so that nothing thin is lost."""
+    """A closed (n, 2) line without its stairs, smoothed along it so that nothing thin is lost."""
     sigma = min(SMOOTH, len(points) / 16)
 
     def soft(line: np.ndarray) -> np.ndarray:
         return ndimage.gaussian_filter1d(line, sigma, axis=0, mode="wrap")
 
     once = soft(points)
-    return once + soft(points - once)  # the second pass gives back what rounding took off the area
+    return once + soft(points - once)  # the second pass gives back the area that the first took
 
 
 def _path(points: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""One HTML file to look at: of a study (inference), of an evaluation.
+"""HTML pages of a study (by inference) and of an evaluation, each in one file.
 
 Everything is inside the file: it works offline from any folder, and its Content-Security-Policy
 forbids it to load anything or to run any script but its own.
@@ -26,7 +26,7 @@ from discovr_monai.base.notice import NOTICE
 from discovr_monai.pages.charts import Curve, draw_curve, headlines_of, metric_tables
 from discovr_monai.pages.drawing import UNITS, data_uri, draw_sheets, jpeg, outlines, shrink
 
-STRUCTURES = 6  # colours that stay apart for colour-blind eyes
+STRUCTURES = 6  # as many as there are colours that colour-blind eyes can tell apart
 PHASES = {"ED": "End diastole", "ES": "End systole"}
 
 
@@ -38,7 +38,7 @@ class Nearest:
         title: a salted name.
         similarity: cosine, -1..1; None for a query.
         thumbnail: (h, w) uint8.
-        note: "EF 61 %".
+        note: is written below, such as "EF 61 %".
     """
 
     title: str
@@ -48,7 +48,7 @@ class Nearest:
 
     @property
     def picture(self) -> str:
-        """Data URI."""
+        """The thumbnail as a data URI."""
         return jpeg(_grey(self.thumbnail, 2, f"the thumbnail of {self.title}"))
 
     @property
@@ -59,21 +59,22 @@ class Nearest:
 
 @dataclass(frozen=True, eq=False)
 class CineView:
-    """A cine and what was found in it.
+    """A cine and what an evaluation or inference says of it.
 
     Attributes:
         title: a salted name, never a file's.
-        frames: (T, H, W) uint8. Larger than 512 pixels a side, they are shown smaller.
+        frames: (T, H, W) uint8. If a side is longer than 512 pixels, they are shown smaller.
         fps: frames per second, or None.
-        labels: (T, H, W) uint8, 0 background, 1.. structures; None where there are no contours.
-        reference: true labels like ``labels``, drawn dashed; frames without any are unknown.
-        structures: names of labels 1.., at most 6. The first one's area is drawn over time.
+        labels: (T, H, W) uint8, 0 for background and 1, 2, ... for structures; None where there
+            are no contours.
+        reference: true labels likewise, drawn dashed; a frame without any is unknown.
+        structures: names of labels 1, 2, ..., at most 6. The first one's area is drawn over time.
         spacing: (row, column) mm of these frames' pixels, or None.
         ed, es: frames of end diastole and end systole, from 0; None where unknown.
         ef: (value, low, high) in percent, or None.
-        ef_coverage: of the interval, 0..1.
+        ef_coverage: share of cases whose EF the interval holds, 0..1.
         ef_withheld, contours_withheld: a sentence that says why there is none.
-        facts: name -> value, shown under the title.
+        facts: name -> value, stand under the title.
         nearest: similar cases, most similar first.
 
     Raises:
@@ -103,6 +104,7 @@ class CineView:
         _grey(self.frames, 3, self.title)
 
     def _problem(self) -> str | None:
+        """What does not fit together, if anything."""
         count = len(self.frames)
         if self.labels is not None:
             if self.labels.shape != self.frames.shape:
@@ -142,7 +144,7 @@ class CineView:
 
     @cached_property
     def true_area(self) -> np.ndarray | None:
-        """(T,) the same of the reference, NaN where it is unknown."""
+        """(T,) likewise of the reference, NaN where it is unknown."""
         if self.reference is None:
             return None
         known = self.reference.any((1, 2))
@@ -155,7 +157,7 @@ class CineView:
 
     @property
     def area_unit(self) -> str:
-        """cm² where the spacing is known."""
+        """cm² where the spacing is known, else pixels."""
         return "pixels" if self.spacing is None else "cm²"
 
     @property
@@ -209,10 +211,10 @@ def write_evaluation_page(
         settings: what was evaluated and how. No paths.
         pictures: (PNG, GIF or JPEG, as a file or its bytes; what it shows, for those who do not
             see it; caption).
-        cines: shown with their contours.
+        cines: players show them with their contours.
         retrieval: queries, each with the cases that are nearest to it.
-        headlines: those of the metrics that sum it up, with "name"; shown large, on top.
-        notice: shown on top.
+        headlines: the metrics that sum it up, with "name"; they stand large on top.
+        notice: stands on top.
     """
     views = [_Drawn(cine, i) for i, cine in enumerate(cines, start=1)]
     _write(
@@ -230,28 +232,26 @@ def write_evaluation_page(
 
 
 class _Drawn:
-    """A cine as the template reads it."""
+    """A cine as the templates read it."""
 
     def __init__(self, cine: CineView, number: int) -> None:
         self.view, self.number = cine, number
-        self.paths = None
-        if cine.labels is not None:
-            self.paths = [outlines(m, cine.structures) for m in cine.labels]
-        self.true_paths = None
-        if cine.reference is not None:
-            self.true_paths = [outlines(m, cine.structures) for m in cine.reference]
+        self.paths, self.true_paths = (
+            None if labels is None else [outlines(m, cine.structures) for m in labels]
+            for labels in (cine.labels, cine.reference)
+        )
         height, width = cine.frames.shape[1:]
         row, column = cine.spacing or (1.0, 1.0)
         self.stretch = column / row
-        self.box = (round(width * self.stretch * UNITS), height * UNITS)  # of drawings, w x h
-        self.ruler = round(10 / row * UNITS) if cine.spacing else 0  # 1 cm
+        self.box = (round(width * self.stretch * UNITS), height * UNITS)  # drawings, (w, h)
+        self.ruler = round(10 / row * UNITS) if cine.spacing else 0  # units of a centimetre
         self.curve: Curve | None = None
         if cine.area is not None:
             self.curve = draw_curve(cine.area, cine.fps, cine.phases, cine.true_area)
 
     @property
     def stills(self) -> list[dict[str, Any]]:
-        """What is seen in print and without scripts: ED and ES, or the first frame."""
+        """Pictures for print and for browsers without scripts: ED and ES, or the first frame."""
         shown = self.view.phases or {"": 0}
         small = shrink(self.view.frames[list(shown.values())])
         return [
@@ -266,22 +266,22 @@ class _Drawn:
 
     def moment(self, frame: int) -> str:
         """A frame's number and time, and the area in it."""
-        said = [f"frame {frame + 1}"]
+        parts = [f"frame {frame + 1}"]
         if self.view.fps:
-            said.append(f"{frame / self.view.fps:.2f} s")
+            parts.append(f"{frame / self.view.fps:.2f} s")
         if self.view.area is not None:
-            said.append(self.measured(frame))
-        return ", ".join(said)
+            parts.append(self.measured(frame))
+        return ", ".join(parts)
 
     def measured(self, frame: int) -> str:
-        """The area in a frame."""
+        """The area in a frame, with its unit."""
         assert self.view.area is not None
         digits = 0 if self.view.spacing is None else 1
         return f"{self.view.area[frame]:.{digits}f} {self.view.area_unit}"
 
     @property
     def change(self) -> str | None:
-        """Fractional area change from ED to ES."""
+        """Fractional area change from ED to ES, where it is known."""
         area, phases = self.view.area, self.view.phases
         if area is None or len(phases) < 2 or not area[phases["ED"]]:
             return None
@@ -314,11 +314,7 @@ class _Drawn:
 
 
 def _grey(pixels: np.ndarray, dimensions: int, name: str) -> np.ndarray:
-    """The array, if it holds grey pixels.
-
-    Raises:
-        ValueError: if it does not.
-    """
+    """Returns the array, or raises a ValueError if it does not hold grey pixels."""
     if pixels.dtype != np.uint8 or pixels.ndim != dimensions or 0 in pixels.shape:
         raise ValueError(
             f"{name} cannot be drawn: {pixels.dtype} {pixels.shape} is not uint8 of "
@@ -329,20 +325,20 @@ def _grey(pixels: np.ndarray, dimensions: int, name: str) -> np.ndarray:
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as dotted names and text."""
-    found: dict[str, str] = {}
+    flat: dict[str, str] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{name}.")
+            flat |= _flat(value, f"{name}.")
         elif isinstance(value, (list, tuple)):
-            found[name] = ", ".join(map(str, value))
+            flat[name] = ", ".join(map(str, value))
         else:
-            found[name] = "none" if value is None else str(value)
-    return found
+            flat[name] = "none" if value is None else str(value)
+    return flat
 
 
 def _picture(source: Path | bytes, alt: str, caption: str) -> dict[str, Any]:
-    """A figure; of a GIF also its first frame, for those who want no motion.
+    """A picture for the template, and a GIF's first frame for those who want no motion.
 
     Raises:
         ValueError: naming the file that is missing or is no picture.
@@ -364,7 +360,7 @@ def _picture(source: Path | bytes, alt: str, caption: str) -> dict[str, Any]:
 
 
 def _write(path: str | Path, template: str, **content: Any) -> None:
-    """Fills a template; script and style are allowed by their hashes."""
+    """Fills a template; its policy allows our script and style by their hashes."""
     here = resources.files("discovr_monai.pages")
     parts = {n: (here / n).read_text(encoding="utf-8") for n in ("player.js", "style.css")}
     environment = Environment(
