@@ -332,5 +332,5 @@ def test_the_pages_commands_are_torchruns_and_the_bundles(monkeypatch):
     commands = page_commands()
     assert len(commands) >= 2
     for line in commands:
-        torchrun = get_args_parser().parse_args(shlex.split(line, comments=True)[1:])
+        torchrun = get_args_parser().parse_args(shlex.split(line)[1:])
         check_training(["-m", "monai.bundle", *torchrun.training_script_args], monkeypatch)

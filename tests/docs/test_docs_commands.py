@@ -81,7 +81,7 @@ def commands(page: Path) -> list[list[str]]:
     for block in re.findall(r"^ *```sh\n(.*?)^ *```", page.read_text(), re.S | re.M):
         for line in re.sub(r"\\\n", " ", block).splitlines():
             for command in line.split("&&"):
-                found.append(shlex.split(command, comments=True))
+                found.append(shlex.split(re.sub(r"(^|\s)#.*", "", command)))  # a key may have a #
     return [words for words in found if words]
 
 
