@@ -18,9 +18,9 @@ from discovr_monai.base.tables import shown, write_table
 from discovr_monai.inference.findings import Analyst, Finding
 from discovr_monai.inference.model import EchoModel
 from discovr_monai.inference.outputs import StudyWriter
-from discovr_monai.inference.plan import Part, Plan
+from discovr_monai.inference.parquet import join_parquet, read_parquet, write_parquet
+from discovr_monai.inference.plan import ArchivePart, Plan
 from discovr_monai.inference.reading import CineReader, Seen
-from discovr_monai.inference.table import join_parquet, read_table, write_parquet
 
 AT_ONCE = 8  # cines whose windows go through the encoder together, at most
 
@@ -131,7 +131,7 @@ class ArchiveInference:
 
     # ---- a part ----------------------------------------------------------------------------
 
-    def _do(self, part: Part, pool: IsolatedPool, bar: Any) -> None:
+    def _do(self, part: ArchivePart, pool: IsolatedPool, bar: Any) -> None:
         rows: list[dict[str, Any]] = []
         bad: list[tuple[str, str, str, str]] = []
         waiting: list[Seen] = []
@@ -224,7 +224,7 @@ class ArchiveInference:
         write_table(private / "files.csv", ("id", "file"), names)
         large = ("embedding", "thumbnail")
         columns = [c for c in self._columns().names if c not in large]
-        rows = (tuple(r.values()) for f in files for r in read_table(f, leave_out=large))
+        rows = (tuple(r.values()) for f in files for r in read_parquet(f, leave_out=large))
         write_table(out / "results.csv", columns, rows)
         if not count:
             first = f"; the first: {shown(bad[0][0])}: {bad[0][2]}" if bad else ""

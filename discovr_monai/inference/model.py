@@ -20,7 +20,12 @@ from discovr_monai.evaluation.features.extract import POOLINGS
 from discovr_monai.evaluation.heads.saved import EFHead, Familiarity, familiar_features
 from discovr_monai.evaluation.heads.segmenter import SegmentationHead, Segmenter
 from discovr_monai.networks.vit import VisionTransformer
-from discovr_monai.weights.files import DESCRIPTION, CheckpointError, describe, load_strict
+from discovr_monai.weights.files import (
+    DESCRIPTION,
+    CheckpointError,
+    description_tensor,
+    load_strict,
+)
 
 
 class EchoModel(nn.Module):
@@ -70,7 +75,7 @@ class EchoModel(nn.Module):
             width = 2 * self.encoders[self._of(kind)].token_dim
             self.add_module(f"{kind}_familiarity", Familiarity(width))
         self.description: Tensor  # the file's own, so that the state dict is the file
-        self.register_buffer(DESCRIPTION, describe(self.about))
+        self.register_buffer(DESCRIPTION, description_tensor(self.about))
         self.requires_grad_(False).eval()
 
     def _of(self, kind: str) -> str:

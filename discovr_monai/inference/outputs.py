@@ -22,10 +22,10 @@ from discovr_monai.data.write.labels import (
 )
 from discovr_monai.inference.findings import Finding
 from discovr_monai.inference.model import EchoModel
+from discovr_monai.inference.parquet import read_embeddings, read_parquet
 from discovr_monai.inference.plan import Plan
 from discovr_monai.inference.reading import CineReader, Seen
 from discovr_monai.inference.search import nearest_cases
-from discovr_monai.inference.table import read_embeddings, read_table
 from discovr_monai.pages.charts import metric_name
 from discovr_monai.pages.drawing import SHOWN, resize_labels
 from discovr_monai.pages.overlay import save_overlay
@@ -101,7 +101,7 @@ class StudyWriter:
         if not self.pages:
             return 0
         file = self.plan.out / "embeddings.parquet"
-        table = read_table(file, leave_out=("embedding",))
+        table = read_parquet(file, leave_out=("embedding",))
         studies: dict[str, list[dict[str, Any]]] = {}
         for row in table:
             studies.setdefault(row["study"], []).append(row)

@@ -32,7 +32,7 @@ from discovr_monai.data.read.kinds import known_name, walk
 
 
 @dataclass(frozen=True)
-class Part:
+class ArchivePart:
     """Cines that one worker does in one go.
 
     Attributes:
@@ -122,11 +122,11 @@ class Plan:
         }
         self._claim({**about, **where})
         stamps = {name: _stamp(root, row) for name, row in known.items()}
-        self.parts: list[Part] = []
+        self.parts: list[ArchivePart] = []
         self.names: list[list[str]] = self._generations(stamps, part_size)
         for names in self.names:
             there = tuple(known[n] for n in names if n in known)
-            self.parts.append(Part(len(self.parts), there))
+            self.parts.append(ArchivePart(len(self.parts), there))
 
     def id_of(self, name: str) -> str:
         """The salted id of a name of the plan."""
@@ -186,11 +186,11 @@ class Plan:
                 return [list(part) for part in parts]
             _publish(file, [dict(new[i : i + size]) for i in range(0, len(new), size)])
 
-    def file(self, part: Part) -> Path:
+    def file(self, part: ArchivePart) -> Path:
         """Where a finished part's rows are."""
         return self.out / "parts" / f"{part.number:05}.parquet"
 
-    def aside(self, part: Part) -> Path:
+    def aside(self, part: ArchivePart) -> Path:
         """Where a part's unusable files are listed."""
         return self.private / "set_aside" / f"{part.number:05}.json"
 
@@ -199,7 +199,7 @@ class Plan:
         found = (self.out / "parts").glob("*.parquet")
         return {int(p.stem) for p in found if p.stem.isdigit()}
 
-    def write_aside(self, part: Part, bad: Sequence[tuple[str, str, str, str]]) -> None:
+    def write_aside(self, part: ArchivePart, bad: Sequence[tuple[str, str, str, str]]) -> None:
         """Lists a part's unusable files; before its rows, which mark it as finished."""
         write_text(self.aside(part), json.dumps(list(bad), indent=1) + "\n")
 

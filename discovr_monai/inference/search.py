@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from discovr_monai.base.files import save_atomic
-from discovr_monai.inference.table import read_embeddings, read_table
+from discovr_monai.inference.parquet import read_embeddings, read_parquet
 
 EXACT = 100_000  # rows up to which every distance is computed
 OWN = 200  # of a patient, that are looked past
@@ -114,7 +114,7 @@ def find_nearest(file: str | Path, query: str, k: int = 10) -> list[dict[str, An
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"{path.name} does not exist: run configs/inference.yaml first")
-    table = read_table(path, leave_out=("embedding", "thumbnail"))
+    table = read_parquet(path, leave_out=("embedding", "thumbnail"))
     rows = [i for i, row in enumerate(table) if row["id"] == query]
     if not rows:
         raise ValueError(f"{path.name} has no cine {query!r}: take an id from its first column")

@@ -14,11 +14,18 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
-from discovr_monai.base.distributed import all_reduce_max, gather_objects, rank
+from discovr_monai.base.distributed import all_reduce_max, gather_objects, is_distributed, rank
 from discovr_monai.base.files import save_atomic
 from discovr_monai.networks.parallel import is_sharded
 from discovr_monai.training.initial import start_from
-from discovr_monai.training.trainer import DiscovrTrainer, unwrap
+from discovr_monai.training.trainer import DiscovrTrainer
+from discovr_monai.weights.checkpoint_folder import (
+    find_sharded,
+    read_into,
+    read_state,
+    shapes,
+    write_sharded,
+)
 from discovr_monai.weights.files import (
     FORMAT,
     CheckpointError,
@@ -27,7 +34,6 @@ from discovr_monai.weights.files import (
     load_strict,
     read_checkpoint,
 )
-from discovr_monai.weights.sharded import find_sharded, read_into, read_state, shapes, write_sharded
 
 
 def random_states() -> dict[str, Any]:
@@ -57,9 +63,9 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 def sharded_tensors(trainer: DiscovrTrainer) -> dict[str, Tensor]:
     """This rank's parts of the network and of the optimiser's state, by name."""
-    network = unwrap(trainer.network)
+    network = trainer.network
     found = {f"network.{name}": value for name, value in network.state_dict().items()}
-    for name, parameter in network.named_parameters():
+    for name, parameter in network.state_dict(keep_vars=True).items():
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
             found[f"optimizer.{name}.{key}"] = value
     return found
@@ -71,7 +77,7 @@ def load_sharded_tensors(trainer: DiscovrTrainer, folder: Path) -> None:
     Raises:
         ValueError: if names or shapes differ, with the first of each.
     """
-    network = unwrap(trainer.network)
+    network = trainer.network
     there = shapes(folder)
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     of_network = {name: t for name, t in there.items() if name.startswith("network.")}
@@ -80,7 +86,9 @@ def load_sharded_tensors(trainer: DiscovrTrainer, folder: Path) -> None:
             f"checkpoint {folder.name} does not fit the network: {found}. "
             "Use the config that it was trained with"
         )
-    for name, parameter in network.named_parameters():
+    for name, parameter in network.state_dict(keep_vars=True).items():
+        if not parameter.requires_grad:
+            continue
         for full, like in there.items():
             prefix, _, key = full.rpartition(".")
             if prefix == f"optimizer.{name}":
@@ -148,7 +156,7 @@ class Checkpoints:
 
     def state(self, trainer: DiscovrTrainer) -> dict[str, Any]:
         """Everything that the next step depends on, beside the tensors and generators."""
-        about = describe_encoders(unwrap(trainer.network), self.clip)
+        about = describe_encoders(trainer.network, self.clip)
         about |= {"training": self.training} if self.training else {}
         about |= {} if self.source is None else {"source": self.source}
         return {
@@ -176,7 +184,7 @@ class Checkpoints:
             if rank():
                 return
             state = self.state(trainer) | {
-                "network": unwrap(trainer.network).state_dict(),
+                "network": trainer.network.state_dict(),
                 "optimizer": trainer.optimizer.state_dict(),
                 "random": random_of_ranks,
             }
@@ -201,7 +209,7 @@ class Checkpoints:
                 load_sharded_tensors(trainer, path)
             else:
                 state = read_checkpoint(path)
-                load_strict(unwrap(trainer.network), state["network"], path.name)
+                load_strict(trainer.network, state["network"], path.name)
                 trainer.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise CheckpointError(str(error)) from error
@@ -237,7 +245,7 @@ class Checkpoints:
 
     def _begin(self, trainer: DiscovrTrainer) -> None:
         assert self.init is not None
-        about, words = start_from(unwrap(trainer.network), self.init)
+        about, words = start_from(trainer.network, self.init)
         self.source = about.get("source")
         if rank():
             return
@@ -285,8 +293,11 @@ class Checkpoints:
     def _stop_if_signalled(self, trainer: DiscovrTrainer) -> None:
         if not trainer.between_steps:
             return
-        asked = torch.tensor(float(self._signalled), device=trainer.state.device)
-        if not bool(all_reduce_max(asked)):  # ranks hear of it at different steps: stop together
+        stop = self._signalled > 0
+        if is_distributed():  # ranks hear of it at different steps, and stop together
+            asked = torch.tensor(float(stop), device=trainer.state.device)
+            stop = bool(all_reduce_max(asked))
+        if not stop:
             return
         self.save(trainer, self.last)
         self._release_signals(trainer)

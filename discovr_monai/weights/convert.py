@@ -33,9 +33,9 @@ from discovr_monai.weights.files import (
     read_safetensors,
     write_weights,
 )
-from discovr_monai.weights.layouts import EPSILON, STRIDE, Converted, convert_state
-from discovr_monai.weights.names import LAYOUTS, Ledger, canonical, detect
+from discovr_monai.weights.foreign_names import LAYOUTS, Ledger, canonical, detect
 from discovr_monai.weights.positions import Wanted
+from discovr_monai.weights.released_layouts import EPSILON, STRIDE, Converted, convert_state
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean, std of intensities in 0..1
 WRAPPERS = ("model", "state_dict", "model_state_dict", "teacher", "module", "network", "student")

@@ -21,7 +21,7 @@ from discovr_monai.networks.discovr import Discovr
 from discovr_monai.networks.heads import Decoder, ProjectionHead
 from discovr_monai.networks.parallel import load_whole
 from discovr_monai.networks.vit import Block, VisionTransformer
-from discovr_monai.weights.sharded import find_sharded, read_state, read_whole
+from discovr_monai.weights.checkpoint_folder import find_sharded, read_state, read_whole
 
 FORMAT = 1
 DESCRIPTION = "description"
@@ -66,7 +66,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def describe(about: Mapping[str, Any]) -> Tensor:
+def description_tensor(about: Mapping[str, Any]) -> Tensor:
     """What a flat state dict carries under "description": JSON as (n,) uint8.
 
     So that models/model.pt is a plain state dict, as MONAI's tools want it, and still says how its
@@ -149,10 +149,11 @@ def write_weights(
 
 def describe_encoders(network: Discovr, clip: Mapping[str, Any]) -> dict[str, Any]:
     """What builds a network's encoders again, and how their clips are made."""
-    image, decoder = network.image_student, network.decoder
+    image = None if network.image is None else network.image.student
+    decoder = network.video.decoder
     blocks = [] if decoder is None else [b for b in decoder.blocks if isinstance(b, Block)]
     return {
-        "video": dict(network.video_student.settings),
+        "video": dict(network.video.student.settings),
         "image": None if image is None else dict(image.settings),
         "decoder_num_heads": blocks[0].attn.num_heads if blocks else None,
         "clip": dict(clip),

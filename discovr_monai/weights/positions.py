@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discovr_monai.networks.vit import sincos_positions
-from discovr_monai.weights.names import Ledger
+from discovr_monai.weights.foreign_names import Ledger
 
 Grid = tuple[int, int, int]  # (t, h, w)
 CLOSE = 1e-4  # MAE computed its table in float32

@@ -14,7 +14,7 @@ import pytest
 
 from discovr_monai.base.notice import NOTICE
 from discovr_monai.cli import main
-from discovr_monai.inference.table import read_table
+from discovr_monai.inference.parquet import read_parquet
 from tests.bundle.conftest import BUNDLE, run
 from tests.evaluation.conftest import checkpoint, labelled  # noqa: F401 (fixtures)
 
@@ -54,7 +54,7 @@ def test_a_folder_to_everything(bundle, model, labelled, tmp_path):  # noqa: F81
     done = infer(bundle, model, labelled, tmp_path / "out", "--section", "test")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "10 cines, 0 files set aside. For research use only" in done.stdout
-    rows = read_table(tmp_path / "out" / "embeddings.parquet")
+    rows = read_parquet(tmp_path / "out" / "embeddings.parquet")
     assert len(rows) == 10
     assert any(r["ef"] is not None for r in rows)
     words = done.stdout + done.stderr
@@ -82,7 +82,7 @@ def test_dicom_in_dicom_out(bundle, model, labelled, tmp_path):  # noqa: F811
         )
     done = infer(bundle, model, source, tmp_path / "out", "--view", "A4C", "--sector_mask", "False")
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = read_table(tmp_path / "out" / "embeddings.parquet")
+    rows = read_parquet(tmp_path / "out" / "embeddings.parquet")
     assert len(rows) == 3
     spoken = [r for r in rows if r["contours_withheld"] is None]
     assert spoken
@@ -122,7 +122,7 @@ def test_two_workers_by_torchrun_one_killed(bundle, model, labelled, tmp_path): 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = read_table(tmp_path / "out" / "embeddings.parquet")
+    rows = read_parquet(tmp_path / "out" / "embeddings.parquet")
     assert len(rows) == len({r["id"] for r in rows}) == 30
     now = {f.name: f.stat().st_mtime_ns for f in parts.glob("*.parquet")}
     assert {k: now[k] for k in before} == before
@@ -157,7 +157,7 @@ def test_an_archive_of_the_bundle_works_elsewhere(bundle, labelled, tmp_path):  
         env={**os.environ, "PYTHONPATH": str(site)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(read_table(tmp_path / "out" / "embeddings.parquet")) == 1
+    assert len(read_parquet(tmp_path / "out" / "embeddings.parquet")) == 1
     code = "import discovr_monai; print(discovr_monai.__file__)"
     where = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True,

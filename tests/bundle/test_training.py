@@ -108,7 +108,7 @@ def test_the_same_command_again_reuses_what_is_there(trained, bundle, mixed):
 
 def test_the_checkpoint_feeds_inference(trained, bundle, mixed, tmp_path):
     """Without heads: embeddings of all that can be read."""
-    from discovr_monai.inference.table import read_embeddings
+    from discovr_monai.inference.parquet import read_embeddings
 
     _, out = trained
     done = run(

@@ -20,9 +20,9 @@ from discovr_monai.data.clips.transforms import LoadCined
 from discovr_monai.data.write.labels import full_frame_labels
 from discovr_monai.inference.findings import Analyst
 from discovr_monai.inference.model import load_model
+from discovr_monai.inference.parquet import read_embeddings, read_parquet
 from discovr_monai.inference.plan import Plan, find_cines
 from discovr_monai.inference.reading import CineReader
-from discovr_monai.inference.table import read_embeddings, read_table
 from tests.inference.conftest import infer
 
 
@@ -34,7 +34,7 @@ def done(model_file, labelled, tmp_path_factory):
 
 
 def rows_of(out) -> list[dict]:
-    return read_table(out / "embeddings.parquet", leave_out=("embedding", "thumbnail"))
+    return read_parquet(out / "embeddings.parquet", leave_out=("embedding", "thumbnail"))
 
 
 def test_every_cine_has_a_row_with_embedding_ef_and_contours(done, labelled, model):
@@ -61,7 +61,7 @@ def test_nothing_leads_back_to_a_patient(done, labelled):
             if file.suffix == ".html":  # pictures hold any five letters by chance
                 data = re.sub(rb"data:[\w/;,+=]+", b"", data)
             if file.suffix == ".parquet":
-                data = repr(read_table(file, leave_out=("embedding", "thumbnail"))).encode()
+                data = repr(read_parquet(file, leave_out=("embedding", "thumbnail"))).encode()
             if file.suffix == ".gif":
                 continue
             assert not any(s.encode() in data for s in secrets), file.name

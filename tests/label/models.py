@@ -12,7 +12,7 @@ from discovr_monai.base.types import DatalistRow
 from discovr_monai.evaluation.heads.saved import Familiarity
 from discovr_monai.evaluation.heads.segmenter import SegmentationHead
 from discovr_monai.networks.vit import VisionTransformer
-from discovr_monai.weights.files import DESCRIPTION, describe
+from discovr_monai.weights.files import DESCRIPTION, description_tensor
 
 CLIP = {
     "stride": 2, "duration": None, "pad_mode": "loop", "default_fps": None,
@@ -42,7 +42,7 @@ def write_model(path: Path, seed: int = 0, structures: list[str] | None = None) 
         "heads": {"segmentation": head},
     }
     tensors = {f"{n}.{k}": v for n, part in parts.items() for k, v in part.state_dict().items()}
-    torch.save({**tensors, DESCRIPTION: describe(about)}, path)
+    torch.save({**tensors, DESCRIPTION: description_tensor(about)}, path)
     return path
 
 

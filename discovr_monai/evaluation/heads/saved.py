@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from discovr_monai.base.files import save_atomic
 from discovr_monai.base.types import DatalistRow
 from discovr_monai.evaluation.features.extract import Section, patients_of
-from discovr_monai.weights.files import DESCRIPTION, CheckpointError, describe, read_safetensors
+from discovr_monai.weights.files import (
+    DESCRIPTION,
+    CheckpointError,
+    description_tensor,
+    read_safetensors,
+)
 
 FORMAT = 1
 KINDS = ("ef", "segmentation")
@@ -243,5 +248,5 @@ def bundle_heads(checkpoint: str | Path, heads: Sequence[str | Path], output: st
     settings = {**state["about"], "heads": abouts}
     if not any(branch.startswith("image") for branch in branches):
         settings["image"] = None
-    tensors[DESCRIPTION] = describe(settings)
+    tensors[DESCRIPTION] = description_tensor(settings)
     save_atomic(lambda temporary: torch.save(tensors, temporary), Path(output))

@@ -32,7 +32,7 @@ from discovr_monai.evaluation.tasks.segmentation import Labelled, Segmentation
 from discovr_monai.inference.model import EchoModel, load_model
 from discovr_monai.label.learn.runs import tracked_training
 from discovr_monai.label.learn.versions import Versions, better
-from discovr_monai.weights.files import DESCRIPTION, CheckpointError, describe
+from discovr_monai.weights.files import DESCRIPTION, CheckpointError, description_tensor
 
 PARTS = {"head": "linear", "decoder": "conv", "blocks": "linear"}  # part -> kind of a new head
 FRAMES_PER_CINE = 12  # trained and scored on; more propagated neighbours add little
@@ -331,4 +331,4 @@ def _with_head(file: Path, training: PartlyLabelled, network: Segmenter) -> dict
                 new[f"{head['branch']}.{key.removeprefix(prefix)}"] = value
     kept = {k: v for k, v in state["network"].items() if not k.startswith("segmentation.")}
     copies = {k: v.detach().cpu().contiguous().clone() for k, v in new.items()}
-    return {**kept, **copies, DESCRIPTION: describe(about)}
+    return {**kept, **copies, DESCRIPTION: description_tensor(about)}

@@ -42,7 +42,7 @@ def join_parquet(path: Path, files: Sequence[Path]) -> int:
     return count
 
 
-def read_table(path: Path, leave_out: Sequence[str] = ()) -> list[dict[str, Any]]:
+def read_parquet(path: Path, leave_out: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Rows of an embeddings file without some columns."""
     import pyarrow.parquet as pq
 

@@ -8,9 +8,14 @@ import warnings
 import pytest
 import torch
 
-from discovr_monai.weights import sharded
+from discovr_monai.weights import checkpoint_folder
+from discovr_monai.weights.checkpoint_folder import (
+    find_sharded,
+    read_state,
+    read_whole,
+    write_sharded,
+)
 from discovr_monai.weights.files import CheckpointError, read_checkpoint
-from discovr_monai.weights.sharded import find_sharded, read_state, read_whole, write_sharded
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STATE = {"format": 1, "about": {"clip": None}, "iteration": 3}
@@ -72,7 +77,7 @@ def test_the_next_one_replaces_it(folder):
 @pytest.mark.parametrize("damage", ["gone", "short", "no list", "no json"])
 def test_a_damaged_folder_is_refused(folder, damage):
     (part,) = folder.glob("*.safetensors")
-    state = folder / sharded.STATE
+    state = folder / checkpoint_folder.STATE
     if damage == "gone":
         part.unlink()
     elif damage == "short":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from discovr_monai.weights.files import PARTS, depth_of, released_name
-from discovr_monai.weights.names import Ledger, sift
+from discovr_monai.weights.foreign_names import Ledger, sift
 from discovr_monai.weights.positions import (
     Size,
     Wanted,
