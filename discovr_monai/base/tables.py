@@ -54,7 +54,11 @@ def read_table(
 
 
 def number(cell: str | None) -> float | None:
-    """A finite number, or None for what is none ("", "No Systolic", "nan")."""
+    """A cell as a finite number, or None for what is none; a comma may be the decimal point.
+
+    >>> number(" 55,3 "), number("No Systolic"), number("nan"), number(None)
+    (55.3, None, None, None)
+    """
     try:
         value = float((cell or "").replace(",", "."))
     except ValueError:
@@ -63,12 +67,16 @@ def number(cell: str | None) -> float | None:
 
 
 def shown(name: str) -> str:
-    """A file name that any terminal or UTF-8 file can show."""
+    """A file name that any terminal or UTF-8 file can show: other bytes are escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def safe_cell(value: Any) -> Any:
-    """A cell that no spreadsheet runs as a formula."""
+    """A cell that no spreadsheet runs as a formula.
+
+    >>> safe_cell("=1+1"), safe_cell("A4C"), safe_cell(-3)
+    ("'=1+1", 'A4C', -3)
+    """
     if not isinstance(value, str):
         return value
     value = shown(value)

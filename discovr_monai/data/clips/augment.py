@@ -20,7 +20,15 @@ from torch import Tensor
 
 
 class _ClipTransform(RandomizableTransform, MapTransform):
-    """Draws once per call, then changes images and follows with masks."""
+    """Draws parameters once per call, changes the images by them and moves the masks alike.
+
+    Args:
+        strength: 0 changes nothing; what more means is up to the subclass.
+        limit: the largest strength that makes sense.
+        keys: of (C, T, H, W) uint8 clips.
+        mask_keys: of (C, T, H, W) label maps; keys that a row lacks are passed over.
+        prob: how often a clip is changed at all, 0..1.
+    """
 
     def __init__(
         self,
@@ -50,7 +58,6 @@ class _ClipTransform(RandomizableTransform, MapTransform):
         return labels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """See the class."""
         row = dict(data)
         self.randomize(None)
         if not self._do_transform or not self.strength:
@@ -113,11 +120,9 @@ class RandSectorRotated(_ClipTransform):
         return float(np.deg2rad(self.R.uniform(-self.strength, self.strength)))
 
     def image(self, clip: Tensor, drawn: float) -> Tensor:
-        """See the class."""
         return _bytes(_warp(clip, 1.0, drawn, "bilinear"))
 
     def mask(self, labels: Tensor, drawn: float) -> Tensor:
-        """See the class."""
         return _warp(labels, 1.0, drawn, "nearest").to(labels.dtype)
 
 
@@ -125,7 +130,6 @@ class RandTiltd(RandSectorRotated):
     """Turns the anatomy about the apex under a sector that stays, as rocking the probe does."""
 
     def image(self, clip: Tensor, drawn: float) -> Tensor:
-        """See the class."""
         sector = (clip > 0).any(1, keepdim=True)
         return super().image(clip, drawn) * sector
 
@@ -145,11 +149,9 @@ class RandDepthd(_ClipTransform):
         return float(np.exp(self.R.uniform(-1, 1) * np.log1p(self.strength)))
 
     def image(self, clip: Tensor, drawn: float) -> Tensor:
-        """See the class."""
         return _bytes(_warp(clip, drawn, 0.0, "bilinear"))
 
     def mask(self, labels: Tensor, drawn: float) -> Tensor:
-        """See the class."""
         return _warp(labels, drawn, 0.0, "nearest").to(labels.dtype)
 
 
@@ -169,7 +171,6 @@ class RandGaind(_ClipTransform):
         return self.R.uniform(-self.strength, self.strength, 4)
 
     def image(self, clip: Tensor, drawn: np.ndarray) -> Tensor:
-        """See the class."""
         height, width = clip.shape[-2:]
         depth = _polar(height, width)[1].numpy() / 2
         curve = np.interp(depth, np.linspace(0, 1, 4), drawn)
@@ -195,7 +196,6 @@ class RandSpeckled(_ClipTransform):
         return (1 + self.strength * smooth).clamp(min=0)
 
     def image(self, clip: Tensor, drawn: Tensor) -> Tensor:
-        """See the class."""
         return _bytes(clip * drawn)
 
 
@@ -215,7 +215,6 @@ class RandHazed(_ClipTransform):
         return float(self.R.uniform(0, self.strength)), float(self.R.uniform(0.15, 0.6)), pattern
 
     def image(self, clip: Tensor, drawn: tuple[float, float, Tensor]) -> Tensor:
-        """See the class."""
         share, reach, pattern = drawn
         height, width = clip.shape[-2:]
         field = F.interpolate(pattern, (height, width), mode="bicubic")[0, 0].clamp(0, 1)
@@ -245,7 +244,6 @@ class RandShadowd(_ClipTransform):
         )
 
     def image(self, clip: Tensor, drawn: tuple[float, float, float, float]) -> Tensor:
-        """See the class."""
         loss, centre, width, start = drawn
         angle, distance = _polar(*clip.shape[-2:])
         beam = torch.exp(-0.5 * ((angle - centre) / width) ** 2)
@@ -270,7 +268,6 @@ class RandFanCutoutd(_ClipTransform):
         return float(first), float(first + 1.5 * wide), float(top), float(top + 1.8 * deep)
 
     def image(self, clip: Tensor, drawn: tuple[float, float, float, float]) -> Tensor:
-        """See the class."""
         low, high, near, far = drawn
         angle, distance = _polar(*clip.shape[-2:])
         piece = (angle >= low) & (angle <= high) & (distance >= near) & (distance <= far)
@@ -292,11 +289,9 @@ class RandReversed(_ClipTransform):
         return True
 
     def image(self, clip: Tensor, drawn: bool) -> Tensor:
-        """See the class."""
         return clip.flip(1)
 
     def mask(self, labels: Tensor, drawn: bool) -> Tensor:
-        """See the class."""
         return labels.flip(1)
 
 
