@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
@@ -120,44 +121,82 @@ class DatalistRow(TypedDict, total=False):
     measurements: dict[str, float]
 
 
+# Of a field of DiscovrOutput: the branch that fills it, and the config key of the part of the
+# network that takes a gradient through it ("" for none).
+_IMAGE = {"branch": "image", "trains": ""}
+_VIDEO = {"branch": "video", "trains": ""}
+
+
 @dataclass(slots=True)
 class DiscovrOutput:
-    """Everything that the loss terms read; a field is None where its branch is off.
+    """Everything that the loss terms read. A field is None where its branch is off.
+
+    This class is the one registry of these names: a term lists those that it reads in ``needs``,
+    and each field says which branch fills it and which part of the network it trains.
 
     Shapes: V views, B clips, F frames per clip seen by the image branch, N video tokens,
     K_h head outputs, K prototypes, d image width.
 
     Attributes:
-        video_logits: (V, B, K_h) student logits of the masked views' CLS tokens.
-        video_teacher_logits: (B, K_h).
-        image_logits: (V, B * F, K_h).
+        image_logits: (V, B * F, K_h) student logits of the masked frames' CLS tokens.
         image_teacher_logits: (B * F, K_h).
-        video_centre, image_centre: (1, K_h) running means of the teachers' logits.
-        video_scores: (B, N, K) cosine of z_v with the prototypes, raster (t, h, w) order.
+        image_centre: (1, K_h) running mean of the teacher's logits.
+        image_cls: (V + 1, B * F, d) CLS tokens: V student views, then the teacher's.
+        target_tokens: (B, N, d) the image teacher's patch tokens z_i, standardised per frame, in
+            raster (t, h, w) order: one frame for each tubelet.
+        video_logits, video_teacher_logits, video_centre, video_cls: likewise, with B in place of
+            B * F and the video width in place of d.
+        video_scores: (B, N, K) cosine of the decoder's z_v with the prototypes, raster order.
         target_scores: (B, N, K) cosine of z_i with the prototypes, same places and times.
         pixels: (B, N, P) decoder output in pixel space, P = 3 * tubelet * p * p.
         pixel_targets: (B, N, P) the clip's own tubelets.
         global_mask: (B, N) bool, True where the decoder's view was masked.
-        video_cls: (V + 1, B, d_v) CLS tokens: V student views, then the teacher's.
-        image_cls: (V + 1, B * F, d) likewise.
-        image_loss: the image students' own term, where its backward was taken in the forward;
-            image_logits and image_cls then take no gradient.
     """
 
-    video_logits: torch.Tensor | None = None
-    video_teacher_logits: torch.Tensor | None = None
-    image_logits: torch.Tensor | None = None
-    image_teacher_logits: torch.Tensor | None = None
-    video_centre: torch.Tensor | None = None
-    image_centre: torch.Tensor | None = None
-    video_scores: torch.Tensor | None = None
-    target_scores: torch.Tensor | None = None
-    pixels: torch.Tensor | None = None
-    pixel_targets: torch.Tensor | None = None
-    global_mask: torch.Tensor | None = None
-    video_cls: torch.Tensor | None = None
-    image_cls: torch.Tensor | None = None
-    image_loss: torch.Tensor | None = None
+    image_logits: torch.Tensor | None = field(
+        default=None, metadata=_IMAGE | {"trains": "image_head_def"}
+    )
+    image_teacher_logits: torch.Tensor | None = field(default=None, metadata=_IMAGE)
+    image_centre: torch.Tensor | None = field(default=None, metadata=_IMAGE)
+    image_cls: torch.Tensor | None = field(
+        default=None, metadata=_IMAGE | {"trains": "image_head_def"}
+    )
+    target_tokens: torch.Tensor | None = field(default=None, metadata=_IMAGE)
+    video_logits: torch.Tensor | None = field(
+        default=None, metadata=_VIDEO | {"trains": "video_head_def"}
+    )
+    video_teacher_logits: torch.Tensor | None = field(default=None, metadata=_VIDEO)
+    video_centre: torch.Tensor | None = field(default=None, metadata=_VIDEO)
+    video_cls: torch.Tensor | None = field(
+        default=None, metadata=_VIDEO | {"trains": "video_head_def"}
+    )
+    video_scores: torch.Tensor | None = field(
+        default=None, metadata=_VIDEO | {"trains": "network_def#num_prototypes"}
+    )
+    target_scores: torch.Tensor | None = field(
+        default=None, metadata=_VIDEO | {"trains": "network_def#num_prototypes"}
+    )
+    pixels: torch.Tensor | None = field(
+        default=None, metadata=_VIDEO | {"trains": "network_def#reconstruct"}
+    )
+    pixel_targets: torch.Tensor | None = field(default=None, metadata=_VIDEO)
+    global_mask: torch.Tensor | None = field(default=None, metadata=_VIDEO)
+
+    def detached(self) -> DiscovrOutput:
+        """The same values, from which no gradient goes back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return DiscovrOutput(**{n: v if v is None else v.detach() for n, v in values.items()})
+
+    def joined(self, other: DiscovrOutput) -> DiscovrOutput:
+        """The fields of both branches: those that are None here come from ``other``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return DiscovrOutput(
+            **{n: getattr(other, n) if v is None else v for n, v in values.items()}
+        )
+
+
+# Name of a field -> {"branch": ..., "trains": ...}
+OUTPUT_FIELDS: dict[str, Mapping[str, str]] = {f.name: f.metadata for f in fields(DiscovrOutput)}
 
 
 class CheckpointError(ValueError):

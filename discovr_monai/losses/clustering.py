@@ -7,16 +7,7 @@ from torch import Tensor, nn
 
 from discovr_monai.base.types import DiscovrOutput
 from discovr_monai.losses.cross_entropy import soft_cross_entropy
-from discovr_monai.losses.sinkhorn import Assignments
-
-
-class HardAssignments(Assignments):
-    """The likeliest prototype of each row, as one-hot rows."""
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        """(m, K)."""
-        soft = super().__getitem__(rows)
-        return F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+from discovr_monai.losses.sinkhorn import sinkhorn
 
 
 class ClusterDistillation(nn.Module):
@@ -27,8 +18,11 @@ class ClusterDistillation(nn.Module):
 
     Args:
         temperature: tau, 0.1.
-        eps, iterations, chunk: Sinkhorn's (:class:`Assignments`).
+        eps, iterations: Sinkhorn's (:func:`~discovr_monai.losses.sinkhorn.sinkhorn`).
         assignments: "soft" (the paper) or "hard" (argmax, the public code).
+
+    Raises:
+        ValueError: for other assignments.
     """
 
     needs = ("video_scores", "target_scores")
@@ -39,19 +33,20 @@ class ClusterDistillation(nn.Module):
         temperature: float = 0.1,
         eps: float = 0.05,
         iterations: int = 10,
-        chunk: int | None = None,
         assignments: str = "soft",
     ) -> None:
         super().__init__()
         if assignments not in ("soft", "hard"):
             raise ValueError(f"assignments {assignments!r} must be 'soft' or 'hard'")
         self.temperature, self.eps, self.iterations = temperature, eps, iterations
-        self.chunk, self.assignments = chunk, assignments
+        self.assignments = assignments
 
-    def assign(self, scores: Tensor) -> Assignments:
-        """(M, K) scores -> their assignments, which sum to 1 in each row."""
-        kind = HardAssignments if self.assignments == "hard" else Assignments
-        return kind(scores, self.eps, self.iterations, self.chunk)
+    def assign(self, scores: Tensor) -> Tensor:
+        """(M, K) scores -> (M, K) assignments, which sum to 1 in each row."""
+        q = sinkhorn(scores, self.eps, self.iterations)
+        if self.assignments == "hard":
+            q = F.one_hot(q.argmax(-1), q.shape[-1]).to(q.dtype)
+        return q
 
     def forward(self, output: DiscovrOutput, step: int = 0) -> Tensor:
         """Scalar loss, summed over the two directions."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +11,7 @@ from torch.autograd.function import once_differentiable
 PIECE = {"cpu": 2**18, "cuda": 2**27}  # numbers worked on at a time
 
 
-class Rows(Protocol):
-    """A (M, K) matrix of targets, whole or made when asked for."""
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        """(m, K), rows sum to 1."""
-
-
-def soft_cross_entropy(logits: Tensor, target: Rows, temperature: float) -> Tensor:
+def soft_cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Mean over rows of H(target, softmax(logits / temperature)).
 
     The gradient is known with the loss, so it is made with it, a piece of rows at a time, and
@@ -35,7 +28,7 @@ def soft_cross_entropy(logits: Tensor, target: Rows, temperature: float) -> Tens
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Rows, temperature: float, grad: bool) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, temperature: float, grad: bool) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         rows, outputs = logits.shape[-2:]
         total = logits.new_zeros((), dtype=wide)

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from discovr_monai.base.types import DiscovrOutput
+from discovr_monai.base.types import OUTPUT_FIELDS, DiscovrOutput
 
 
 class Objective(nn.Module):
     """Weighted sum of named terms.
+
+    A term that reads fields of the image branch only belongs to that branch and trains it. All
+    others belong to the video branch, whose forward comes second: what they read of the image
+    branch gives no gradient.
 
     Args:
         terms: name -> a module with ``needs`` (fields of :class:`DiscovrOutput`) and
@@ -18,7 +22,8 @@ class Objective(nn.Module):
         weights: name -> weight, 1 where missing; a term of weight 0 is skipped.
 
     Raises:
-        ValueError: for a weight without a term, or when no term is left.
+        ValueError: for a weight without a term, when no term is left, or for a term that would
+            train both branches.
     """
 
     def __init__(
@@ -33,6 +38,7 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict({n: t for n, t in terms.items() if self.weights[n]})
         if not self.terms:
             raise ValueError("the objective has no term of non-zero weight")
+        self.branches = {name: _branch(name, term) for name, term in self.terms.items()}
 
     terms: nn.ModuleDict
 
@@ -41,34 +47,48 @@ class Objective(nn.Module):
         """Fields of :class:`DiscovrOutput` that the terms read."""
         return {field for term in self.terms.values() for field in term.needs}  # type: ignore[union-attr]
 
-    @property
-    def image_term(self) -> str | None:
-        """The term that alone reads the image students, if it trains nothing else."""
-        if type(self).forward is not Objective.forward:
-            return None  # its own way with the terms
-        readers = [
-            (name, set(term.needs))  # type: ignore[arg-type]
-            for name, term in self.terms.items()
-            if {"image_logits", "image_cls"} & set(term.needs)  # type: ignore[arg-type]
-        ]
-        if len(readers) != 1 or any(not field.startswith("image_") for field in readers[0][1]):
-            return None
-        name = readers[0][0]
-        return None if any(p.requires_grad for p in self.terms[name].parameters()) else name
+    def forward(
+        self, output: DiscovrOutput, step: int = 0, branch: str | None = None
+    ) -> dict[str, Tensor]:
+        """Unweighted scalars by name, and their weighted sum.
 
-    def forward(self, output: DiscovrOutput, step: int = 0) -> dict[str, Tensor]:
-        """{"loss": weighted sum, name: unweighted scalar, ...}."""
-        missing = sorted(f for f in self.needs if getattr(output, f) is None)
+        Args:
+            output: of a branch, or of both.
+            step: optimiser step, for schedules.
+            branch: "image" or "video" for the terms of one branch; None for all.
+
+        Returns:
+            {"loss": weighted sum, name: unweighted scalar, ...}; {} for a branch without terms.
+
+        Raises:
+            ValueError: if the output lacks a field that a term needs.
+        """
+        terms = {n: t for n, t in self.terms.items() if branch in (None, self.branches[n])}
+        needs = {field for term in terms.values() for field in term.needs}  # type: ignore[union-attr]
+        missing = sorted(field for field in needs if getattr(output, field) is None)
         if missing:
             raise ValueError(
                 f"the network gives no {', '.join(missing)}, which the objective's terms "
-                f"{sorted(self.terms)} need: configure the branch, or set the term's weight to 0"
+                f"{sorted(terms)} need: configure the branch, or set the term's weight to 0"
             )
-        known = {}
-        if output.image_loss is not None:
-            assert self.image_term is not None, "no term alone trains the image students"
-            known = {self.image_term: output.image_loss}
-        losses = {n: known[n] if n in known else t(output, step) for n, t in self.terms.items()}
+        losses: dict[str, Tensor] = {name: term(output, step) for name, term in terms.items()}
+        if not losses:
+            return {}
         total = sum(self.weights[name] * loss for name, loss in losses.items())
         assert isinstance(total, Tensor)
         return {"loss": total, **losses}
+
+
+def _branch(name: str, term: nn.Module) -> str:
+    """The branch that a term belongs to."""
+    needs: tuple[str, ...] = term.needs  # type: ignore[assignment]
+    if all(OUTPUT_FIELDS[field]["branch"] == "image" for field in needs):
+        return "image"
+    image = [field for field in needs if OUTPUT_FIELDS[field]["branch"] == "image"]
+    both = [field for field in image if OUTPUT_FIELDS[field]["trains"]]
+    if both:
+        raise ValueError(
+            f"term {name!r} reads {', '.join(both)}, which train the image branch, beside fields "
+            "of the video branch, which has a backward of its own: make two terms of it"
+        )
+    return "video"

@@ -11,18 +11,27 @@ from discovr_monai.networks.masking import visible_indices
 from discovr_monai.networks.vit import Block, init_weights, sincos_positions
 
 
+def standardise(x: Tensor, dim: int) -> Tensor:
+    """Zero mean and unit spread along ``dim``, in float32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
+
+
 class BatchStandardise(nn.Module):
     """Zero mean and unit variance per feature over the global batch, without parameters.
 
-    Always uses the batch at hand (all ranks), so student and teacher agree on what it does.
+    Always uses the batch at hand (all ranks), so student and teacher agree on what it does. The
+    variance is the mean of squared differences from the mean: E[x^2] - E[x]^2 would lose a small
+    spread around a large mean to rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d), float32 (float64 for float64)."""
-        rows = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)  # (rows, d)
-        moments = torch.stack((rows.mean(0), rows.square().mean(0))) / world_size()  # (2, d)
-        mean, square = sum_over_ranks(moments)
-        return (x - mean) * (square - mean.square()).clamp_min(0).add(1e-6).rsqrt()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        rows, ranks = x.flatten(0, -2), world_size()  # (rows, d)
+        mean = sum_over_ranks(rows.mean(0) / ranks)  # (d)
+        variance = sum_over_ranks((rows - mean).square().mean(0) / ranks)
+        return (x - mean) * (variance + 1e-6).rsqrt()
 
 
 class WeightNormLinear(nn.Module):
@@ -78,6 +87,11 @@ class ProjectionHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.mlp.apply(init_weights)
 
+    @property
+    def num_outputs(self) -> int:
+        """K."""
+        return self.last_layer.weight_v.shape[0]
+
     def forward(self, cls: Tensor) -> Tensor:
         """(..., d) -> (..., K) logits (cosines scaled by ``weight_g``)."""
         x = self.mlp(self.norm(cls))
@@ -130,13 +144,13 @@ class Decoder(nn.Module):
 
         Args:
             tokens: (B, 1 + n_visible, d_v), CLS first (it is not decoded).
-            mask: (B, N) bool, True = masked.
+            mask: (B, N) bool, True = masked, or the visible positions (B, n_visible).
 
         Returns:
             (B, N, out_dim) in raster order (t, h, w).
         """
         visible = self.embed(tokens[:, 1:])  # (B, n, d)
-        x = self.mask_token.to(visible.dtype).expand(*mask.shape, -1)
+        x = self.mask_token.to(visible.dtype).expand(len(mask), self.pos_embed.shape[1], -1)
         keep = visible_indices(mask)[..., None].expand_as(visible)
         x = x.scatter(1, keep, visible) + self.pos_embed  # (B, N, d)
         for block in self.blocks:

@@ -6,20 +6,23 @@ import ctypes
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from discovr_monai.networks.discovr import Discovr
 from discovr_monai.networks.vit import Block
 
 STRATEGIES = ("ddp", "fsdp")
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def parallel(network: nn.Module, device: torch.device, strategy: str = "ddp") -> nn.Module:
-    """A network whose gradients are means over ranks.
+def parallel(network: Discovr, device: torch.device, strategy: str = "ddp") -> Discovr:
+    """Makes the gradients of a network means over ranks. Each branch crosses ranks by itself.
 
     Args:
         network: on ``device`` already, the same on every rank.
@@ -28,30 +31,52 @@ def parallel(network: nn.Module, device: torch.device, strategy: str = "ddp") ->
             (the teachers' too), gradients and optimiser state on each, and brings together a
             block at a time: for networks that do not fit otherwise. Same result.
 
+    Returns:
+        The same network.
+
     Raises:
         ValueError: for another strategy.
     """
-    if strategy == "ddp":
-        return DistributedDataParallel(
-            network,
-            device_ids=[device] if device.type == "cuda" else None,
-            forward_sync_buffers=False,  # fixed tables, and centres that all ranks move alike
-            gradient_as_bucket_view=True,  # no second copy of the gradients
-        )
-    if strategy != "fsdp":
+    if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} must be one of {', '.join(STRATEGIES)}")
-    from torch.distributed.fsdp import fully_shard  # a second to import, for this alone
+    if strategy == "fsdp":
+        from torch.distributed.fsdp import fully_shard  # a second to import, for this alone
 
-    for module in list(network.modules()):
-        if isinstance(module, Block):
-            fully_shard(module)
-    fully_shard(network)
+        for module in list(network.modules()):
+            if isinstance(module, Block):
+                fully_shard(module)
+        for branch in network.branches.values():
+            fully_shard(branch)
+        return network
+    for name, branch in network.branches.items():
+        if any(p.requires_grad for p in branch.parameters()):
+            network.branches[name] = DistributedDataParallel(
+                branch,
+                device_ids=[device] if device.type == "cuda" else None,
+                forward_sync_buffers=False,  # fixed tables, and centres that all ranks move alike
+                gradient_as_bucket_view=True,  # no second copy of the gradients
+            )
     return network
 
 
-def is_sharded(network: nn.Module) -> bool:
+def is_sharded(network: Discovr) -> bool:
     """Whether each rank holds a part of the network only."""
-    return hasattr(network, "set_requires_gradient_sync")
+    return hasattr(network.video, "set_requires_gradient_sync")
+
+
+@contextmanager
+def gradients_stay_here(network: Discovr, stay: bool) -> Iterator[None]:
+    """Inside, backward leaves gradients on their rank if ``stay``: more batches are to come.
+
+    DistributedDataParallel decides in forward already, so forward belongs inside, too.
+    """
+    with ExitStack() as stack:
+        for branch in network.branches.values():
+            if isinstance(branch, DistributedDataParallel) and stay:
+                stack.enter_context(branch.no_sync())
+            elif hasattr(branch, "set_requires_gradient_sync"):
+                branch.set_requires_gradient_sync(not stay)  # type: ignore[operator]
+        yield
 
 
 def load_whole(network: nn.Module, state: dict[str, Tensor]) -> None:

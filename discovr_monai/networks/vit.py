@@ -8,10 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from discovr_monai.networks.masking import visible_indices
-from discovr_monai.networks.products import add_linear, add_mlp, norm_linear
 
-SHORT = 256  # tokens; the masked views of the paper have 6 and 161
-AMX = torch.cpu._is_amx_tile_supported()  # asked here: torch.compile cannot trace the question
+SHORT = 256  # tokens; the paper's masked views have 6 and 161
 
 
 def sincos_positions(length: int, dim: int) -> Tensor:
@@ -21,6 +19,10 @@ def sincos_positions(length: int, dim: int) -> Tensor:
 
     Returns:
         (length, dim) float32, computed in float64.
+
+    >>> sincos_positions(2, 2)
+    tensor([[0.0000, 1.0000],
+            [0.8415, 0.5403]])
     """
     column = torch.arange(dim, dtype=torch.float64)
     position = torch.arange(length, dtype=torch.float64)[:, None]
@@ -29,25 +31,20 @@ def sincos_positions(length: int, dim: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's fused attention, (B, heads, n, d / heads) each.
+    """softmax(q k^T / sqrt(d)) v on torch's fused kernel; (B, heads, n, d / heads) each.
 
-    On a CPU its bf16 kernels lose to others (benchmarks/attention.py compares them): without
-    matrix units (AMX) to the fp32 ones, up to four times in short sequences with gradient; with
-    them, in short sequences with gradient, to the formula written out, two to six times.
+    In short sequences that train, torch's bf16 kernel for CPUs takes longer than the formula
+    written out, which docs/performance.md has figures of.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v)
-    if AMX:
-        if q.requires_grad and q.shape[-2] <= SHORT:
-            weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, n, n)
-            return weights.softmax(-1) @ v
-        return F.scaled_dot_product_attention(q, k, v)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    short = q.requires_grad and k.shape[-2] <= SHORT
+    if short and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, n, n)
+        return weights.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on torch's fused kernel; the key has no bias.
+    """Multi-head self-attention; the key has no bias.
 
     Args:
         dim: width.
@@ -72,37 +69,24 @@ class Attention(nn.Module):
             return None
         return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """(B, n, d) -> (B, n, d): x and the attention of norm(x)."""
+    def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
+        """(B, n, d) -> (B, n, d), or with ``cls_only`` (B, 1, d): what CLS gathers."""
         batch, n, dim = x.shape
-        qkv = norm_linear(x, norm, self.qkv, self.qkv_bias)  # (B, n, 3 d)
+        if cls_only:
+            return self._cls(x)
+        qkv = F.linear(x, self.qkv.weight, self.qkv_bias)  # (B, n, 3 d)
         qkv = qkv.view(batch, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each (B, heads, n, d / heads)
-        return add_linear(x, attend(q, k, v).transpose(1, 2).reshape(batch, n, dim), self.proj)
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(batch, n, dim))
 
-    def forward_cls(self, x: Tensor, norm: nn.LayerNorm, count: int) -> Tensor:
-        """As forward, where the first ``count`` sequences ask with their CLS only.
-
-        Returns:
-            (count + (B - count) n, d): one row each, then all rows of the other sequences.
-        """
-        dim, heads = x.shape[-1], self.num_heads
-        bias, weight = self.qkv_bias, self.qkv.weight
+    def _cls(self, x: Tensor) -> Tensor:
+        dim, bias, weight = x.shape[-1], self.qkv_bias, self.qkv.weight
         q_bias, kv_bias = (None, None) if bias is None else bias.split((dim, 2 * dim))
-        residual, x = _asking(x, count), norm(x)
-        q = F.linear(_asking(x, count), weight[:dim], q_bias).unflatten(-1, (heads, -1))
+        q = F.linear(x[:, :1], weight[:dim], q_bias)  # (B, 1, d)
         kv = F.linear(x, weight[dim:], kv_bias)  # (B, n, 2 d)
-        k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        rows = [attend(q[:count, :, None], k[:count], v[:count]).flatten(1)]  # (count, d)
-        if count < len(x):
-            q = q[count:].unflatten(0, x[count:].shape[:2]).transpose(1, 2)
-            rows.append(attend(q, k[count:], v[count:]).transpose(1, 2).flatten(0, 1).flatten(1))
-        return add_linear(residual, torch.cat(rows), self.proj)
-
-
-def _asking(x: Tensor, count: int) -> Tensor:
-    """(B, n, d) -> (count + (B - count) n, d): CLS of the first sequences, all of the others."""
-    return torch.cat((x[:count, 0], x[count:].flatten(0, 1)))
+        q = q.unflatten(-1, (1, self.num_heads, -1)).permute(2, 0, 3, 1, 4)[0]
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -113,17 +97,17 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm, keep: bool = False) -> Tensor:
-        """(..., d) -> (..., d): x and the layers of norm(x); ``keep`` keeps GELU's output."""
-        return add_mlp(x, norm, self.fc1, self.fc2, keep)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block.
 
     Attributes:
-        recompute: keep a training pass's input only and run the block again in backward: less
-            memory, the same result. Hooks of the block still fire once, those inside it twice.
+        recompute: in training, save only the block's input and run it again in backward: less
+            memory, the same result. Hooks inside the block then fire twice.
     """
 
     recompute = False
@@ -137,23 +121,23 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, cls_only: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
         """One layer.
 
         Args:
             x: (B, n, d), CLS first.
-            cls_only: of so many sequences, the first ones, nothing but CLS is wanted.
+            cls_only: compute CLS's row only; for the last block, where nothing else is read.
 
         Returns:
-            (B, n, d); with ``cls_only``, rows: (cls_only + (B - cls_only) n, d).
+            (B, n, d), or (B, 1, d).
         """
         if self.recompute and torch.is_grad_enabled():  # nothing in it is random
             return checkpoint(self._run, x, cls_only, use_reentrant=False, preserve_rng_state=False)
         return self._run(x, cls_only)
 
-    def _run(self, x: Tensor, cls_only: int) -> Tensor:
-        x = self.attn.forward_cls(x, self.norm1, cls_only) if cls_only else self.attn(x, self.norm1)
-        return self.mlp(x, self.norm2, keep=self.recompute)
+    def _run(self, x: Tensor, cls_only: bool) -> Tensor:
+        x = (x[:, :1] if cls_only else x) + self.attn(self.norm1(x), cls_only)
+        return x + self.mlp(self.norm2(x))
 
 
 def init_weights(module: nn.Module) -> None:
@@ -258,8 +242,9 @@ class VisionTransformer(nn.Module):
 
         Args:
             clip: (B, 3, T, H, W), normalised.
-            mask: (..., B, N) bool, True = masked; leading dimensions are views, which all go
-                through in one batch. Every row must hide equally many tokens.
+            mask: (..., B, N) bool, True = masked, every row hiding equally many tokens; or the
+                positions of the visible tokens (see :func:`visible_indices`). Leading dimensions
+                are views, which all go through in one batch.
 
         Returns:
             (B, 1 + N, d) without a mask, else (..., B, 1 + n_visible, d): CLS first (without
@@ -274,15 +259,17 @@ class VisionTransformer(nn.Module):
     def encode(
         self, clip: Tensor, mask: Tensor | None = None, whole: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`, where most views end with their CLS: the last block skips the rest.
+        """As :meth:`forward`, where only some views need more than their CLS.
+
+        For the other views, the last block computes CLS alone: a quarter of an encoder of four
+        layers is its last block.
 
         Args:
-            clip, mask: see forward.
-            whole: of so many views, the last ones, all tokens are wanted (without a mask: clips).
+            clip, mask: as in forward.
+            whole: number of trailing views (without a mask: clips) whose tokens are returned.
 
         Returns:
-            CLS (..., B, d) of all views, and (whole, ..., 1 + n, d): forward's values both.
-            Where forward, or the last block, is not this one, nothing is skipped.
+            CLS (..., B, d) of all views, and (whole, ..., 1 + n, d); the values are forward's.
 
         Raises:
             ValueError: if there are fewer views than ``whole``.
@@ -290,27 +277,21 @@ class VisionTransformer(nn.Module):
         number = len(clip if mask is None else mask)
         if not 0 <= whole <= number:
             raise ValueError(f"whole {whole} must lie in [0, {number}], the number of views")
-        if whole == number or not self._can_skip():
-            x = self(clip, mask)
+        derived = type(self).forward is not VisionTransformer.forward  # somebody's own is to run
+        if whole == number or derived or self.cls_token is None or not len(self.blocks):
+            x = self(clip, mask)  # without a CLS token, a mean needs all tokens
             return x[..., 0, :], x[number - whole :]
         x, views = self._embed(clip, mask)
-        length, each = x.shape[1], x.shape[0] // views[0]
-        cls_only = len(x) - whole * each
         for block in self.blocks[:-1]:
             x = block(x)
-        x = self.norm(self.blocks[-1](x, cls_only))  # (cls_only + whole * each * length, d)
-        tokens = x[cls_only:].unflatten(0, (whole, *views[1:], length))
-        cls = torch.cat((x[:cls_only], x[cls_only::length]))
-        return cls.unflatten(0, views), tokens
-
-    def _can_skip(self) -> bool:
-        """Not where a mean needs all tokens, nor where somebody's own code is to run."""
-        own = type(self).forward is VisionTransformer.forward
-        own = own and not (self._forward_hooks or self._forward_pre_hooks)
-        last = self.blocks[-1] if len(self.blocks) else None
-        # by the method: a sharded block is of a class of its own, derived from Block
-        own = own and getattr(type(last), "forward", None) is Block.forward
-        return own and self.cls_token is not None
+        x = x.unflatten(0, views)  # (views, ..., 1 + n, d)
+        cls_only, full = x[: number - whole].flatten(0, -3), x[number - whole :].flatten(0, -3)
+        cls = self.norm(self.blocks[-1](cls_only, cls_only=True))[:, 0]  # (rows, d)
+        if not whole:
+            return cls.unflatten(0, views), x[number:]
+        tokens = self.norm(self.blocks[-1](full))  # (rows, 1 + n, d)
+        cls = torch.cat((cls, tokens[:, 0])).unflatten(0, views)
+        return cls, tokens.unflatten(0, (whole, *views[1:]))
 
     def _embed(self, clip: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
         """Tokens before the first block, (views * B, 1 + n, d), and the shape (views, B)."""
@@ -318,7 +299,8 @@ class VisionTransformer(nn.Module):
         positions = self.pos_embed[:, -self.num_tokens :]  # (1, N, d)
         views: tuple[int, ...] = patches.shape[:1]
         if mask is not None:
-            if mask.shape[-2:] != patches.shape[:2]:
+            fits = mask.shape[-2] == len(patches)
+            if not fits or (mask.dtype == torch.bool and mask.shape[-1] != patches.shape[1]):
                 raise ValueError(
                     f"mask {tuple(mask.shape)} does not fit {tuple(patches.shape[:2])} "
                     "(clips, tokens)"

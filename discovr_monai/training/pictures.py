@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discovr_monai.networks.discovr import Discovr, _frames
+from discovr_monai.networks.discovr import Discovr
 
 
 def pca_colours(tokens: Tensor) -> np.ndarray:
@@ -78,23 +78,24 @@ def draw_network(
         and, with prototypes, a map of each place's nearest prototype and their usage.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    grid, frames, side = network.video_student.grid, *network.video_student.clip_shape[1:3]
-    tokens = network.video_teacher(clip)[0, 1:].float().cpu()  # (N, d)
+    grid, frames, side = network.video.student.grid, *network.video.student.clip_shape[1:3]
+    tokens = network.video.teacher(clip)[0, 1:].float().cpu()  # (N, d)
     colours = token_maps(pca_colours(tokens), grid, frames, side)
     files = [folder / f"{name}_pca.gif"]
     pair = np.concatenate((grey[..., None].repeat(3, -1), blend(grey, colours)), axis=2)
     save_animation(files[0], pair, zoom=3)
-    if network.prototypes is not None and network.image_teacher is not None:
-        nearest = cluster_map(network, clip)[0].cpu()
-        files.append(_prototype_figure(nearest, grey, grid, len(network.prototypes), folder, name))
+    if network.image is not None and network.image.target_frames:
+        assert network.video.prototypes is not None
+        nearest, count = cluster_map(network, clip)[0].cpu(), len(network.video.prototypes)
+        files.append(_prototype_figure(nearest, grey, grid, count, folder, name))
     return files
 
 
 def cluster_map(network: Discovr, clip: Tensor) -> Tensor:
     """Nearest prototype of each place's target token: (B, 3, T, H, W) -> (B, N) int64."""
-    assert network.prototypes is not None
-    target = network._cluster_target(clip, _target_tokens(network, clip))
-    unit = torch.nn.functional.normalize(network.prototypes, dim=-1)
+    assert network.image is not None and network.video.prototypes is not None
+    target = network.image.target_tokens(clip)  # (B, N, d)
+    unit = torch.nn.functional.normalize(network.video.prototypes, dim=-1)
     return (torch.nn.functional.normalize(target, dim=-1) @ unit.T).argmax(-1)
 
 
@@ -104,13 +105,6 @@ def palette(count: int) -> np.ndarray:
 
     order = np.random.default_rng(0).permutation(count)
     return colormaps["gist_ncar"](order / count)[:, :3]
-
-
-def _target_tokens(network: Discovr, clip: Tensor) -> Tensor | None:
-    frames = network.target_frames
-    if network.image_teacher is None or not frames:
-        return None
-    return network.image_teacher(_frames(clip, frames)).unflatten(0, (len(clip), len(frames)))
 
 
 def _prototype_figure(
@@ -165,8 +159,7 @@ class NetworkPictures:
         self.dataset, self.prepare_batch, self.folder = dataset, prepare_batch, Path(folder)
 
     def __call__(self, trainer: Any, epoch: int) -> list[Path]:
-        network = getattr(trainer.network, "module", trainer.network)
         image = torch.as_tensor(self.dataset[(0, 0)]["image"])
         clip = self.prepare_batch({"image": image[None]}, trainer.state.device, False)
         grey = image.float().mean(0).round().byte().numpy()  # (T, H, W)
-        return draw_network(network, clip, grey, self.folder, f"epoch_{epoch:04d}")
+        return draw_network(trainer.network, clip, grey, self.folder, f"epoch_{epoch:04d}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,40 +12,28 @@ from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from discovr_monai.base.distributed import all_reduce_max, all_reduce_mean, rank, world_size
+from discovr_monai.base.distributed import all_reduce_mean, rank, world_size
 from discovr_monai.base.schedules import Schedule
-from discovr_monai.base.types import DiscovrOutput, Stretch
+from discovr_monai.base.types import OUTPUT_FIELDS, DiscovrOutput, Stretch
 from discovr_monai.losses.objective import Objective
 from discovr_monai.networks.discovr import Discovr
-from discovr_monai.networks.masking import TubeMasking
-from discovr_monai.networks.parallel import is_sharded
+from discovr_monai.networks.masking import StepMasks, TubeMasking
+from discovr_monai.networks.parallel import gradients_stay_here
 from discovr_monai.training.diagnostics import diagnose
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
-def unwrap(network: nn.Module) -> Discovr:
-    """The network inside DistributedDataParallel, or itself."""
-    inner = network.module if hasattr(network, "module") else network
-    assert isinstance(inner, Discovr)
-    return inner
-
-
-def _check_all_trained(network: nn.Module, objective: Objective) -> None:
+def _check_all_trained(network: Discovr, objective: Objective) -> None:
     """DistributedDataParallel waits for every gradient: none may be left out."""
-    trained = unwrap(network).trained
-    idle = [field for field in trained if field not in objective.needs]
-    if isinstance(network, DistributedDataParallel) and idle:
+    idle = [field for field in network.trained_fields if field not in objective.needs]
+    wrapped = network.branches.values()
+    if idle and any(isinstance(branch, DistributedDataParallel) for branch in wrapped):
+        keys = ", ".join(OUTPUT_FIELDS[field]["trains"] for field in idle)
         raise ValueError(
             f"no term trains what makes {', '.join(idle)}, and several processes would wait for "
-            f"its gradient: leave {', '.join(trained[f] for f in idle)} out (null, 0 or false), or "
-            "give the term a weight"
+            f"its gradient: leave {keys} out (null, 0 or false), or give the term a weight"
         )
-
-
-def _mean_over_ranks(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    values = all_reduce_mean(torch.stack([value.detach() for value in losses.values()]))
-    return dict(zip(losses, values.tolist(), strict=True))
 
 
 class DiscovrTrainer(SupervisedTrainer):
@@ -80,7 +66,7 @@ class DiscovrTrainer(SupervisedTrainer):
         FloatingPointError: after ``max_skipped`` non-finite steps, naming the batch's clips.
     """
 
-    network: nn.Module
+    network: Discovr
     loss_function: Objective
 
     def __init__(
@@ -89,7 +75,7 @@ class DiscovrTrainer(SupervisedTrainer):
         device: torch.device | str,
         max_epochs: int,
         train_data_loader: Iterable,
-        network: nn.Module,
+        network: Discovr,
         optimizer: torch.optim.Optimizer,
         objective: Objective,
         masking: TubeMasking,
@@ -220,62 +206,70 @@ class DiscovrTrainer(SupervisedTrainer):
         return epoch * self.steps_per_epoch + group, micro, size
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> Any:
+        """One batch: the paper's algorithm, line by line."""
         step, micro, group = self._position()
+        last = micro == group - 1
         clip = self.prepare_batch(batchdata, self.state.device, self.non_blocking)
         if micro == 0:
             self.optimizer.zero_grad(set_to_none=True)
             self._teacher_logits = {"video": [], "image": []}
         lr = self._set_lr(step)
         self.network.train()
-        rows = (micro * world_size() + rank()) * len(clip)
-        with self._gradients_cross_ranks(micro == group - 1):
-            output = self._forward(self.network, clip, step, rows, self._image_loss(step))
-            losses = self.loss_function(output, step)
-            (losses["loss"] / group).backward()
+        masks = self._masks(step, clip, (micro * world_size() + rank()) * len(clip))
+        with gradients_stay_here(self.network, stay=not last):
+            image = self._forward("image", clip, masks.image)
+            losses = self._backward(image, step, group, "image")
+            image = image.detached()
+            video = self._forward("video", clip, masks.video, masks.teacher, image.target_tokens)
+            output = image.joined(video)
+            losses = self._sum(losses, self._backward(output, step, group, "video"))
         self._collect(output)
-        result = _mean_over_ranks(losses)
+        result = self._optimiser_step(step, losses, batchdata) if last else _figures(losses)
         result.update(lr=lr, momentum=self.teacher_momentum(step), clips=len(clip) * world_size())
-        if micro == group - 1:
-            result["grad_norm"] = self._optimiser_step(step, result["loss"], batchdata)
         result["skipped"] = self.skipped
-        if self.diagnose_every and step % self.diagnose_every == 0 and micro == group - 1:
+        if last and self.diagnose_every and step % self.diagnose_every == 0:
             result.update(diagnose(output, self.loss_function, step))
         return [result]  # a list, as MONAI's handlers expect of decollated output
 
-    def _image_loss(self, step: int) -> Callable[[DiscovrOutput], Tensor] | None:
-        """The image branch's own term, whose backward then need not wait for the video branch.
-
-        None where there is no such term, and where shards of the network want their gradients
-        in one backward.
-        """
-        name = getattr(self.loss_function, "image_term", None)
-        if name is None or is_sharded(self.network):
-            return None
-        return partial(self.loss_function.terms[name], step=step)
-
-    def _forward(
-        self,
-        network: nn.Module,
-        clip: Tensor,
-        step: int,
-        first: int,
-        image_loss: Callable[[DiscovrOutput], Tensor] | None = None,
-    ) -> DiscovrOutput:
-        """Clips that are the rows ``first`` on of a global batch, under the step's masks."""
-        inner = unwrap(self.network)
-        image = inner.image_student if inner.image_head is not None else None
-        masks = self.masking(
+    def _masks(self, step: int, clip: Tensor, first: int) -> StepMasks:
+        """Masks of clips that are the rows ``first`` on of a global batch."""
+        image = self.network.image
+        students = image is not None and image.head is not None
+        return self.masking(
             step,
             range(first, first + len(clip)),
-            video_grid=inner.video_student.grid,
-            image_grid=image.grid if image is not None else None,
-            frames=len(inner.student_frames),
+            video_grid=self.network.video.student.grid,
+            image_grid=image.student.grid if students else None,  # type: ignore[union-attr]
+            frames=len(image.student_frames) if students else 0,  # type: ignore[union-attr]
             device=clip.device,
         )
+
+    def _autocast(self, clip: Tensor) -> torch.autocast:
         dtype = PRECISIONS[self.precision]
-        with torch.autocast(clip.device.type, dtype=dtype, enabled=dtype is not None):
-            early = {} if image_loss is None else {"image_loss": image_loss}
-            return network(clip, *masks, **early)
+        return torch.autocast(clip.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _forward(self, branch: str, clip: Tensor, *inputs: Tensor | None) -> DiscovrOutput:
+        """The fields of one branch; none where there is no such branch."""
+        if branch not in self.network.branches:
+            return DiscovrOutput()
+        with self._autocast(clip):
+            return self.network.branches[branch](clip, *inputs)
+
+    def _backward(
+        self, output: DiscovrOutput, step: int, group: int, branch: str
+    ) -> dict[str, Tensor]:
+        """Takes the gradients of a branch's terms, and returns their values."""
+        losses = self.loss_function(output, step, branch)
+        if losses and losses["loss"].requires_grad:
+            (losses["loss"] / group).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _sum(self, image: dict[str, Tensor], video: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Both branches' values, in the order of the terms."""
+        total = sum(losses["loss"] for losses in (image, video) if losses)
+        assert isinstance(total, Tensor)
+        values = {**image, **video}
+        return {"loss": total, **{name: values[name] for name in self.loss_function.terms}}
 
     @torch.no_grad()
     def evaluate_batch(
@@ -283,8 +277,10 @@ class DiscovrTrainer(SupervisedTrainer):
     ) -> dict[str, float]:
         """Losses of a validation batch under the masks of the rows ``first`` on of ``number``."""
         clip = self.prepare_batch(batch, self.state.device, self.non_blocking)
-        network = unwrap(self.network).eval()
-        output = self._forward(network, clip, number, first)
+        masks = self._masks(number, clip, first)
+        network = self.network.eval()
+        with self._autocast(clip):
+            output = network(clip, *masks)
         losses = self.loss_function(output, self._position()[0])
         return {name: float(value) for name, value in losses.items()}
 
@@ -299,14 +295,6 @@ class DiscovrTrainer(SupervisedTrainer):
             return self.state
         return super().run(*args, **kwargs)
 
-    def _gradients_cross_ranks(self, last: bool) -> AbstractContextManager:
-        """Once per optimiser step. DistributedDataParallel decides in forward already."""
-        if is_sharded(self.network):
-            self.network.set_requires_gradient_sync(last)  # type: ignore[operator]
-        if last or not isinstance(self.network, DistributedDataParallel):
-            return nullcontext()
-        return self.network.no_sync()
-
     def _collect(self, output: DiscovrOutput) -> None:
         for branch, collected in self._teacher_logits.items():
             logits = getattr(output, f"{branch}_teacher_logits")
@@ -320,24 +308,28 @@ class DiscovrTrainer(SupervisedTrainer):
             group["lr"] = lr * group.get("lr_scale", 1.0)
         return lr
 
-    def _optimiser_step(self, step: int, loss: float, batch: Mapping[str, Any]) -> float:
-        """Steps optimiser, then teachers and centres; returns the gradients' norm."""
+    def _optimiser_step(
+        self, step: int, losses: Mapping[str, Tensor], batch: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Steps optimiser, then teachers and centres; returns losses and the gradients' norm.
+
+        The host waits for the device here, once a step, for all figures together. They are the
+        same on every rank (losses are means, gradients too), so all ranks decide alike.
+        """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        whole = nn.utils.get_total_norm(gradients)
-        norm = float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)
-        bad = torch.tensor(0.0 if math.isfinite(norm) and math.isfinite(loss) else 1.0)
-        if bool(all_reduce_max(bad.to(self.state.device))):
-            self._skip(step, loss, norm, batch)
-            return norm
+        norm = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        result = _figures({**losses, "grad_norm": norm})
+        if not (math.isfinite(result["grad_norm"]) and math.isfinite(result["loss"])):
+            self._skip(step, result["loss"], result["grad_norm"], batch)
+            return result
         self.skipped_in_a_row = 0
-        if self.gradient_clip is not None and norm > self.gradient_clip:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, whole)
+        if self.gradient_clip is not None and result["grad_norm"] > self.gradient_clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
         self.optimizer.step()
         logits = {k: torch.cat(v) if v else None for k, v in self._teacher_logits.items()}
-        unwrap(self.network).update_teachers(
-            self.teacher_momentum(step), logits["video"], logits["image"]
-        )
-        return norm
+        self.network.update_teachers(self.teacher_momentum(step), logits["video"], logits["image"])
+        return result
 
     def _skip(self, step: int, loss: float, norm: float, batch: Mapping[str, Any]) -> None:
         self.skipped += 1
@@ -350,3 +342,9 @@ class DiscovrTrainer(SupervisedTrainer):
                 f"{self.skipped_in_a_row} steps in a row were not finite, the last at {message}. "
                 "The last good checkpoint is intact: lower lr or look at these clips, then resume"
             )
+
+
+def _figures(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scalars as numbers, means over ranks, brought from the device together."""
+    means = all_reduce_mean(torch.stack([value.detach() for value in values.values()]))
+    return dict(zip(values, means.tolist(), strict=True))

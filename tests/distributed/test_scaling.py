@@ -148,7 +148,7 @@ def test_sizes_on_paper_are_those_of_the_real_networks():
 def test_encoders_have_their_published_sizes(size, encoder):
     """Millions of parameters, of ViT-H in Dosovitskiy et al.'s table; patches differ a little."""
     network = model.shapes(model.configuration(size))
-    millions = sum(p.numel() for p in network.video_student.parameters()) / 1e6
+    millions = sum(p.numel() for p in network.video.student.parameters()) / 1e6
     assert millions == pytest.approx(encoder, rel=0.03)
     assert model.trained(network) / 1e6 > 2 * encoder * 0.97
 
@@ -212,7 +212,7 @@ def test_memory_of_ddp_and_of_shards():
         for name, p in network.named_parameters()
         if "head" in name
     )
-    block = 4 * sum(p.numel() for p in network.video_student.blocks[0].parameters())
+    block = 4 * sum(p.numel() for p in network.video.student.blocks[0].parameters())
     assert heads + 2 * block < sharded.whole < 1.2 * (heads + 2 * block)
 
 

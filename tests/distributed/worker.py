@@ -20,7 +20,7 @@ from discovr_monai.networks.heads import ProjectionHead
 from discovr_monai.networks.parallel import parallel
 from discovr_monai.training.checkpoint import Checkpoints
 from discovr_monai.training.optim import parameter_groups
-from discovr_monai.training.trainer import DiscovrTrainer, unwrap
+from discovr_monai.training.trainer import DiscovrTrainer
 from tests.conftest import OUTPUTS, WIDTH, tiny_network
 from tests.training.test_trainer import add_clip, rows, trainer
 
@@ -66,7 +66,7 @@ def build(
 
 def watch(engine: DiscovrTrainer, found: dict) -> None:
     """Losses of each step; all gradients of the first and the last; SCD's assignments of one."""
-    network, cluster = unwrap(engine.network), engine.loss_function.terms["cluster"]
+    network, cluster = engine.network, engine.loss_function.terms["cluster"]
     assign = cluster.assign
 
     def assigned(scores):
@@ -101,7 +101,7 @@ def main(out: Path, names: list[str]) -> None:
         if until:
             Checkpoints(out / name).attach(engine)
         engine.run()
-        network = unwrap(engine.network)
+        network = engine.network
         assert isinstance(network, Discovr)
         found["state"] = {key: whole(value) for key, value in network.state_dict().items()}
         found["losses"] = torch.stack(found["losses"])

@@ -1,38 +1,43 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import weakref
 
 import pytest
 import torch
 
+from discovr_monai.networks.discovr import PARTS
 from discovr_monai.networks.ema import ema_update, make_teacher
-from discovr_monai.networks.masking import TubeMasking, token_masks
+from discovr_monai.networks.masking import TubeMasking, visible_tokens
 from tests.conftest import tiny_encoder, tiny_network, tiny_objective
+from tests.training.test_trainer import trainer
 
 
 def masks_for(network, batch=3, step=0, views=4):
     return TubeMasking(views, 0.7)(
         step,
         range(batch),
-        video_grid=network.video_student.grid,
-        image_grid=network.image_student.grid if network.image_head is not None else None,
-        frames=len(network.student_frames),
+        video_grid=network.video.student.grid,
+        image_grid=network.image.student.grid if network.image and network.image.head else None,
+        frames=len(network.image.student_frames) if network.image else 0,
     )
 
 
 def gradients(network, loss):
     network.zero_grad(set_to_none=True)
     loss.backward()
-    return {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+    state = network.state_dict(keep_vars=True)
+    return {n: p.grad for n, p in state.items() if p.grad is not None}
 
 
 def test_a_teacher_that_sees_a_part_changes_its_own_answer_only(network, clip):
     video, image, _ = masks_for(network)
-    hidden = token_masks(torch.rand(3, 32, generator=torch.Generator().manual_seed(0)), 12)
+    hidden = visible_tokens(torch.rand(3, 32, generator=torch.Generator().manual_seed(0)), 12)
     whole = network(clip, video, image)
     part = network(clip, video, image, hidden)
-    cls = network.video_teacher(clip, hidden)[:, 0]  # of 12 tokens
-    torch.testing.assert_close(part.video_teacher_logits, network.video_teacher_head(cls))
+    cls = network.video.teacher(clip, hidden)[:, 0]  # of 12 tokens
+    torch.testing.assert_close(part.video_teacher_logits, network.video.teacher_head(cls))
     assert not torch.equal(part.video_teacher_logits, whole.video_teacher_logits)
     assert not torch.equal(part.video_cls[-1], whole.video_cls[-1])
     for name in ("video_logits", "image_logits", "image_teacher_logits", "video_scores",
@@ -94,22 +99,13 @@ def test_a_place_of_the_target_is_where_the_frame_changed(clip):
     """With attention off the image teacher is local: token (h, w) follows patch (h, w)."""
     torch.manual_seed(0)
     network = tiny_network(image=tiny_encoder(1, 1, depth=0))
-    base = network._cluster_target(
-        clip, network._image(clip, masks_for(network)[1], None, _blank())[0]
-    )
+    base = network.image(clip, masks_for(network).image).target_tokens
+    torch.testing.assert_close(network.image.target_tokens(clip), base)
     other = clip.clone()
     other[:, :, 2, 4:8, 8:12] += 5  # tubelet 1, row 1, column 2
-    moved = network._cluster_target(
-        other, network._image(other, masks_for(network)[1], None, _blank())[0]
-    )
+    moved = network.image.target_tokens(other)
     distance = (moved - base).norm(dim=-1)[0]
     assert int(distance.argmax()) == (1 * 4 + 1) * 4 + 2
-
-
-def _blank():
-    from discovr_monai.base.types import DiscovrOutput
-
-    return DiscovrOutput()
 
 
 def test_decoder_output_is_local_to_its_mask(network, clip):
@@ -131,28 +127,28 @@ def test_forward_updates_nothing_and_the_optimiser_leaves_teachers_alone(network
     for name, value in network.state_dict().items():
         if "teacher" in name or "centre" in name:
             assert torch.equal(value, before[name]), name
-    assert not torch.equal(network.video_student.cls_token, before["video_student.cls_token"])
+    assert not torch.equal(network.video.student.cls_token, before["video_student.cls_token"])
 
 
 def test_ema_and_centre_formulas(network, clip):
     out = network(clip, *masks_for(network))
-    teacher = network.video_teacher.blocks[0].mlp.fc1.weight.clone()
-    student = network.video_student.blocks[0].mlp.fc1.weight
+    teacher = network.video.teacher.blocks[0].mlp.fc1.weight.clone()
+    student = network.video.student.blocks[0].mlp.fc1.weight
     with torch.no_grad():
         student += 1
-    network.video_centre.fill_(2.0)
+    network.video.centre.mean.fill_(2.0)
     network.update_teachers(0.75, out.video_teacher_logits, out.image_teacher_logits)
     expected = 0.75 * teacher + 0.25 * student.detach()
-    torch.testing.assert_close(network.video_teacher.blocks[0].mlp.fc1.weight, expected)
+    torch.testing.assert_close(network.video.teacher.blocks[0].mlp.fc1.weight, expected)
     centre = 0.9 * 2.0 + 0.1 * out.video_teacher_logits.mean(0, keepdim=True)  # logits
-    torch.testing.assert_close(network.video_centre, centre)
+    torch.testing.assert_close(network.video.centre.mean, centre)
 
 
 def test_teachers_stay_in_evaluation_and_take_no_gradient(network):
     network.train()
-    assert not network.video_teacher.training
-    assert not any(p.requires_grad for p in network.video_teacher.parameters())
-    assert not any(p.requires_grad for p in network.image_teacher_head.parameters())
+    assert not network.video.teacher.training
+    assert not any(p.requires_grad for p in network.video.teacher.parameters())
+    assert not any(p.requires_grad for p in network.image.teacher_head.parameters())
 
 
 def test_ema_of_everything_is_one_formula():
@@ -194,7 +190,9 @@ def test_baselines_are_configs_without_unused_parameters(clip, options, wanted):
     assert [n for n in outputs if values[n] is not None] == wanted
     loss = sum(values[name].float().square().sum() for name in wanted)
     reached = set(gradients(network, loss))
-    assert {n for n, p in network.named_parameters() if p.requires_grad} == reached
+    state = network.state_dict(keep_vars=True)
+    assert {n for n, p in state.items() if p.requires_grad} == reached
+    assert set(network.trained_fields) == {n for n in wanted if "target" not in n}
 
 
 @pytest.mark.parametrize(
@@ -214,8 +212,55 @@ def test_parts_that_do_not_fit(options, message):
 
 def test_fewer_frames_for_the_image_students(clip):
     network = tiny_network(image_frame_step=4)
-    assert network.student_frames == [0]
-    assert network.teacher_frames == [0, 2]
+    assert network.image.student_frames == [0]
+    assert sorted(network.image.teacher_frames) == [0, 2]
     out = network(clip, *masks_for(network))
     assert out.image_logits.shape == (4, 3, 20)
     assert out.target_scores.shape == (3, 32, 10)
+
+
+def test_a_step_of_two_branches_is_a_step_of_the_whole(network, clip):
+    """The image branch's backward may come before the video branch's forward."""
+    objective, masks = tiny_objective(), masks_for(network)
+    expected = gradients(network, objective(network(clip, *masks))["loss"])
+    network.zero_grad(set_to_none=True)
+    image = network.image(clip, masks.image)
+    objective(image, 0, "image")["loss"].backward()
+    video = network.video(clip, masks.video, masks.teacher, image.detached().target_tokens)
+    objective(image.detached().joined(video), 0, "video")["loss"].backward()
+    state = network.state_dict(keep_vars=True)
+    found = {n: p.grad for n, p in state.items() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+def test_the_image_branch_is_forgotten_before_the_video_branch_begins(clip):
+    """Nothing of its graph is kept: only the larger branch's memory is needed at a time."""
+    network, alive = tiny_network(), []
+    activations = []
+    network.image.student.blocks[0].register_forward_hook(
+        lambda _, x, y: activations.append(weakref.ref(y))
+    )
+    network.video.student.blocks[0].register_forward_pre_hook(
+        lambda *_: alive.append([ref() is not None for ref in activations])
+    )
+    engine = trainer(network=network, epochs=1)
+    engine.run()
+    assert alive and not any(any(now) for now in alive)
+
+
+def test_files_keep_their_names_and_their_order(network):
+    """Checkpoints of before the branches were modules load, and their optimiser's state fits."""
+    names = list(network.state_dict())
+    assert names[:3] == ["prototypes", "video_centre", "image_centre"]
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    assert parts == [part for part in PARTS if part in parts]
+    other = tiny_network()
+    other.load_state_dict(network.state_dict())
+    for name, value in network.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    copied = copy.deepcopy(network)
+    assert list(copied.state_dict()) == names
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({n: v for n, v in network.state_dict().items() if n != "prototypes"})

@@ -5,7 +5,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovr_monai.networks.masking import TubeMasking, token_masks, tube_masks, visible_indices
+from discovr_monai.networks.masking import (
+    TubeMasking,
+    boolean_mask,
+    visible_indices,
+    visible_tokens,
+    visible_tubes,
+)
+
+
+def tube_masks(noise, grid, ratio):
+    """As booleans, (..., t * h * w)."""
+    return boolean_mask(visible_tubes(noise, grid, ratio), grid[0] * grid[1] * grid[2])
+
+
+def token_masks(noise, kept):
+    return boolean_mask(visible_tokens(noise, kept), noise.shape[-1])
 
 
 def noise(seed, *shape):
@@ -42,6 +57,15 @@ def test_visible_indices_are_the_unmasked_places_in_raster_order(seed, views):
         assert found.tolist() == torch.nonzero(~row)[:, 0].tolist()
 
 
+@given(seed=st.integers(0, 2**31))
+def test_positions_and_booleans_are_inverse(seed):
+    visible = visible_tubes(noise(seed, 2, 3, 9), (2, 3, 3), 0.6)
+    mask = boolean_mask(visible, 18)
+    assert torch.equal(visible_indices(mask), visible)
+    assert visible_indices(visible) is visible
+    assert boolean_mask(mask, 18) is mask
+
+
 def test_uneven_masks_are_refused():
     mask = torch.tensor([[True, False, False], [True, True, False]])
     with pytest.raises(ValueError, match="equally many tokens visible, got 1 to 2"):
@@ -61,9 +85,9 @@ def test_ranks_see_their_rows_of_the_global_batch():
     assert torch.equal(torch.cat([p[0] for p in parts], 1), video)
     assert torch.equal(torch.cat([p[1] for p in parts], 1), image)
     assert torch.equal(torch.cat([p[2] for p in parts]), teacher)
-    assert video.shape == (3, 6, 18)
-    assert image.shape == (2, 24, 9)
-    assert teacher.shape == (6, 18)
+    assert video.shape == (3, 6, 2 * 5)  # int(0.5 * 9) of 9 places are masked
+    assert image.shape == (2, 24, 5)
+    assert teacher.shape == (6, 9)
 
 
 def test_masks_follow_seed_and_step():
@@ -81,6 +105,7 @@ def test_masks_of_clips_steps_and_kinds_differ_and_are_evenly_spread():
     sizes = {"video_grid": (1, 4, 4), "image_grid": (1, 4, 4), "frames": 2}
     video, image = zip(*(masking(step, range(50), **sizes)[:2] for step in range(4)), strict=True)
     rows = torch.cat((torch.stack(video).flatten(0, -2), torch.stack(image).flatten(0, -2)))
+    rows = boolean_mask(rows, 16)
     assert len(rows.unique(dim=0)) > 0.9 * len(rows)
     hidden = rows.float().mean(0)
     assert 0.42 < float(hidden.min()) <= float(hidden.max()) < 0.58
@@ -104,7 +129,9 @@ def test_every_clip_keeps_as_many_tokens_for_the_teacher(batch, tokens, share, s
 
 def test_the_teacher_sees_every_place_at_some_times():
     """Of 32 times, about half of each place: a tube would hide a place at all of them."""
-    mask = TubeMasking(teacher_keep=0.5)(0, range(4), video_grid=(32, 7, 7))[2]
+    mask = boolean_mask(
+        TubeMasking(teacher_keep=0.5)(0, range(4), video_grid=(32, 7, 7)).teacher, 32 * 49
+    )
     seen = (~mask).view(4, 32, 49).sum(1)  # times of each place
     assert int((~mask).sum(1).unique()) == 784
     assert 3 <= int(seen.min()) < int(seen.max()) <= 29

@@ -8,9 +8,10 @@ import torch
 
 from discovr_monai.networks import vit as vit_module
 from discovr_monai.networks.heads import Decoder
-from discovr_monai.networks.masking import tube_masks, visible_indices
+from discovr_monai.networks.masking import visible_indices
 from discovr_monai.networks.vit import SHORT, VisionTransformer, attend, sincos_positions
 from tests.conftest import tiny_encoder
+from tests.networks.test_masking import tube_masks
 
 
 def test_positions_restated():
@@ -74,10 +75,8 @@ def test_a_block_restated_in_float64(qv_bias):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("tokens", [6, SHORT, SHORT + 1])
-def test_every_way_of_bf16_attention_is_the_formula(monkeypatch, tokens, amx, gradient):
-    monkeypatch.setattr(vit_module, "AMX", amx)
+def test_every_way_of_bf16_attention_is_the_formula(tokens, gradient):
     generator = torch.Generator().manual_seed(tokens)
     q, k, v = (torch.randn(2, 3, tokens, 16, generator=generator).bfloat16() for _ in range(3))
     narrow = [x.clone().requires_grad_(gradient) for x in (q, k, v)]
@@ -203,33 +202,30 @@ class Scaled(VisionTransformer):
         return 3 * super().forward(clip, mask)
 
 
-class OwnBlock(vit_module.Block):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-@pytest.mark.parametrize("kind", ["forward", "hook", "block"])
-def test_somebodys_own_forward_is_what_encode_gives(clip, kind):
+def test_somebodys_own_forward_is_what_encode_gives(clip):
     encoder = tiny_encoder()
-    if kind == "forward":
-        encoder.__class__ = Scaled
-    elif kind == "hook":
-        encoder.register_forward_hook(lambda module, inputs, x: 3 * x)
-    else:
-        encoder.blocks[-1].__class__ = OwnBlock
+    encoder.__class__ = Scaled
     cls, tokens = encoder.encode(clip, whole=1)
     x = encoder(clip)
     assert torch.equal(cls, x[:, 0])
     assert torch.equal(tokens, x[2:])
 
 
-def test_a_block_of_a_derived_class_still_skips(clip):
-    """As sharding makes them: a class of its own, the method of Block."""
+def test_the_last_block_computes_cls_alone(clip):
+    """Also where it is of a class derived from Block, as sharding makes them."""
     encoder, rows = tiny_encoder(), []
     encoder.blocks[-1].__class__ = type("Sharded", (vit_module.Block,), {})
     encoder.blocks[-1].register_forward_hook(lambda block, x, y: rows.append(y.shape))
     encoder.encode(clip)
-    assert rows == [(3, 24)]  # CLS alone
+    assert rows == [(3, 1, 24)]
+
+
+def test_positions_of_visible_tokens_are_taken_as_their_mask_is(clip):
+    encoder = tiny_encoder()
+    masks = tube_masks(torch.rand(3, 3, 16), encoder.grid, 0.7)
+    assert torch.equal(encoder(clip, visible_indices(masks)), encoder(clip, masks))
+    with pytest.raises(ValueError, match=r"mask \(3, 2, 8\) does not fit \(3, 32\)"):
+        encoder(clip, visible_indices(masks)[:, :2])
 
 
 def test_more_whole_views_than_there_are_is_refused(clip):

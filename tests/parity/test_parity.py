@@ -98,6 +98,6 @@ def test_other_sizes_are_read_from_the_shapes():
             state[key] = value[:, : value.shape[1] - 7]
     state["prototypes"] = state["prototypes"][:11]
     network = build_from_released(state, num_heads=4, decoder_num_heads=3)
-    assert network.prototypes.shape == (11, 48)
-    assert network.video_student.blocks[0].attn.q_bias is None
-    assert network.video_student.blocks[0].mlp.fc1.out_features == 185
+    assert network.video.prototypes.shape == (11, 48)
+    assert network.video.student.blocks[0].attn.q_bias is None
+    assert network.video.student.blocks[0].mlp.fc1.out_features == 185

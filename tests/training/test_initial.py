@@ -192,7 +192,7 @@ def test_training_begins_with_the_weights(tmp_path, capsys):
     assert "Beginning from w.pt: video_student" in out
     assert "Its clips had mean [0.485, 0.456, 0.406], these have [0.5, 0.5, 0.5]" in out
     engine.run()
-    moved = engine.network.video_student.norm.weight - state["video_student.norm.weight"]
+    moved = engine.network.video.student.norm.weight - state["video_student.norm.weight"]
     assert 0 < float(moved.abs().max()) < 0.1
 
 
@@ -223,7 +223,7 @@ def test_the_licence_goes_on_into_checkpoints_and_through_resuming(whole, tmp_pa
         network = Discovr(video=tiny_encoder(image_size=32, patch_size=8), reconstruct=True,
                           decoder=Decoder(in_dim=24, out_dim=24, grid=(2, 4, 4), embed_dim=24,
                                           depth=1, num_heads=2))  # fmt: skip
-        assert network.pixel_head.out_features == pixels
+        assert network.video.pixel_head.out_features == pixels
         return trainer(epochs=epochs, batch_size=2, network=network, data=data,
                        objective=Objective({"pixels": PixelReconstruction()}))  # fmt: skip
 

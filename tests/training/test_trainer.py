@@ -129,15 +129,15 @@ def test_the_image_branch_goes_first_where_one_term_alone_trains_it(monkeypatch,
     engine = trainer(objective=Objective(terms), epochs=1)
     engine.run()
     assert len(seen) == (0 if shared else engine.state.epoch_length)
-    assert all(p.grad is not None for p in engine.network.image_student.parameters())
+    assert all(p.grad is not None for p in engine.network.image.student.parameters())
 
 
 def test_teachers_follow_after_the_step():
     engine = trainer(epochs=1, lr=lambda step: 0.0, teacher_momentum=lambda step: 0.5)
-    before = engine.network.video_teacher.cls_token.clone()
-    engine.network.video_student.cls_token.data += 1
+    before = engine.network.video.teacher.cls_token.clone()
+    engine.network.video.student.cls_token.data += 1
     engine.run()  # 3 steps without learning: the teacher covers 7/8 of the way
-    moved = engine.network.video_teacher.cls_token - before
+    moved = engine.network.video.teacher.cls_token - before
     torch.testing.assert_close(moved, torch.full_like(moved, 7 / 8))
 
 
@@ -198,7 +198,7 @@ def test_bf16_trains():
     seen = record(engine)
     engine.run()
     assert all(math.isfinite(s["loss"]) for s in seen)
-    assert engine.network.video_student.cls_token.dtype == torch.float32
+    assert engine.network.video.student.cls_token.dtype == torch.float32
 
 
 def test_diagnoses_tell_a_collapsed_teacher():
@@ -212,7 +212,7 @@ def test_diagnoses_tell_a_collapsed_teacher():
 
 def test_collapse_is_reported_in_words():
     network = tiny_network()
-    torch.nn.init.zeros_(network.video_teacher_head.last_layer.weight_v)
+    torch.nn.init.zeros_(network.video.teacher_head.last_layer.weight_v)
     engine = trainer(epochs=3, diagnose_every=1, network=network, teacher_momentum=lambda s: 1.0)
     CollapseWatch(warm_up=1, patience=3).attach(engine)
     engine.logger = Warnings()

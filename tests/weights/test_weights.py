@@ -36,7 +36,7 @@ def write_ours(path, network=None):
     torch.manual_seed(0)
     network = network or tiny_network()
     for value in network.state_dict().values():
-        if value.shape[1:2] != network.video_student.pos_embed.shape[1:2] and value.dim() != 3:
+        if value.shape[1:2] != network.video.student.pos_embed.shape[1:2] and value.dim() != 3:
             torch.nn.init.normal_(value)
     about = describe_encoders(network, CLIP)
     torch.save({"format": FORMAT, "about": about, "network": network.state_dict()}, path)
@@ -215,14 +215,14 @@ def test_a_network_without_a_cls_token_trains(clip):
     network = tiny_network(video=tiny_encoder(cls_token=False))
     masks = TubeMasking(2, 0.7, seed=1)(0, range(3), video_grid=(2, 4, 4),
                                         image_grid=(1, 4, 4), frames=4, device="cpu")  # fmt: skip
-    before = network.video_teacher.norm.bias.clone()
+    before = network.video.teacher.norm.bias.clone()
     tiny_objective()(network(clip, *masks), 0)["loss"].backward()
-    grads = [p.grad for p in network.video_student.parameters()]
+    grads = [p.grad for p in network.video.student.parameters()]
     assert all(g is not None and bool(torch.isfinite(g).all()) for g in grads)
     with torch.no_grad():
-        network.video_student.norm.bias += 1
+        network.video.student.norm.bias += 1
     network.update_teachers(0.5)
-    torch.testing.assert_close(network.video_teacher.norm.bias, before + 0.5)
+    torch.testing.assert_close(network.video.teacher.norm.bias, before + 0.5)
 
 
 def test_settings_from_before_the_setting_build_the_same_encoder():
