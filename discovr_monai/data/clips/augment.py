@@ -322,8 +322,8 @@ def ultrasound_augmentation(
     """
     unknown = sorted(set(strengths) - set(AUGMENTATIONS))
     if unknown:
-        known = ", ".join(AUGMENTATIONS)
-        raise ValueError(f"augmentation {unknown[0]!r} is unknown; there are {known}")
+        names = ", ".join(AUGMENTATIONS)
+        raise ValueError(f"augmentation {unknown[0]!r} is unknown; there are {names}")
     chosen = [
         kind(strengths[name], keys=keys)
         for name, kind in AUGMENTATIONS.items()

@@ -54,11 +54,15 @@ class Datalist:
 
 
 def summary(rows: Sequence[Mapping[str, Any]], set_aside: int = 0) -> str:
-    """ "225 cines, 0.12 hours, 110 patients", and what was set aside or is unknown."""
-    known = [r["num_frames"] / r["fps"] for r in rows if r.get("num_frames") and r.get("fps")]
-    hours = f"{sum(known) / 3600:.2f} hours" if known else "length unknown"
-    if known and len(known) < len(rows):
-        hours += f" ({len(rows) - len(known)} of unknown length)"
+    """A line on some rows, with what was set aside or is unknown.
+
+    >>> summary([{"num_frames": 96, "fps": 50.0, "patient": "a"}] * 300, set_aside=2)
+    '300 cines, 0.16 hours, 1 patients; 2 files set aside'
+    """
+    lengths = [r["num_frames"] / r["fps"] for r in rows if r.get("num_frames") and r.get("fps")]
+    hours = f"{sum(lengths) / 3600:.2f} hours" if lengths else "length unknown"
+    if lengths and len(lengths) < len(rows):
+        hours += f" ({len(rows) - len(lengths)} of unknown length)"
     patients = {r["patient"] for r in rows if "patient" in r}
     people = f"{len(patients)} patients" if patients else "patients unknown"
     aside = f"; {set_aside} files set aside" if set_aside else ""
@@ -87,13 +91,13 @@ def load_rows(path: Path, root: Path, *, must_exist: bool = True) -> dict[str, l
             f'an "image" each, such as {{"training": [{{"image": "a.avi"}}]}} ({error})'
         ) from error
     missing = []
-    for name, below, there in _look_up(root, dict.fromkeys(names)):
+    for name, below, exists in _look_up(root, dict.fromkeys(names)):
         if not below:
             raise ValueError(
                 f"datalist {path.name!r} points outside the data folder ({Path(name).name!r}): "
                 "use paths relative to dataset_dir"
             )
-        if not there:
+        if not exists:
             missing.append(name)
     if missing and must_exist:
         raise ValueError(
@@ -134,6 +138,3 @@ def _plain_files(folder: Path, top: Path) -> set[str]:
             return {entry.name for entry in entries if not entry.is_symlink()}
     except OSError:
         return set()
-
-
-# ---- scanning ----------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def read_nifti(path: Path, name: str, color: str) -> Cine:
     frames = to_uint8(np.swapaxes(array, 0, 2), name)  # (T, Y, X[, 3])
     unit = header.get_xyzt_units()[1]  # type: ignore[attr-defined]
     seconds = (zooms[2] if len(zooms) > 2 else 0) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1)
-    known = seconds > 0 and (unit != "unknown" or seconds < 0.5)  # 1 is the empty default
-    fps = plausible_fps(1 / seconds) if known else None
+    has_pace = seconds > 0 and (unit != "unknown" or seconds < 0.5)  # 1 is the empty default
+    fps = plausible_fps(1 / seconds) if has_pace else None
     if frames.ndim == 4:
         frames = choose_colour(frames, color)
     return Cine(grey_or_rgb(frames, color), fps, "header" if fps else "unknown",

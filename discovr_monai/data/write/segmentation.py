@@ -168,8 +168,8 @@ def _segment(number: int, structure: str, model: str) -> Any:
     algorithm.AlgorithmName, algorithm.AlgorithmVersion = MAKER, clean_text(model)
     item.SegmentationAlgorithmIdentificationSequence = [algorithm]
     item.SegmentedPropertyCategoryCodeSequence = [coded(*ANATOMY)]
-    known = CODES.get(structure)
-    kind = (known[0], "SCT", known[1]) if known else ANATOMY
+    snomed = CODES.get(structure)
+    kind = (snomed[0], "SCT", snomed[1]) if snomed else ANATOMY
     item.SegmentedPropertyTypeCodeSequence = [coded(*kind)]
     return item
 
