@@ -1,4 +1,7 @@
-"""Inference over a file, a folder or an archive: resumable, by any number of workers."""
+"""Inference over a file, a folder or an archive, which any number of workers may share.
+
+A run that was interrupted goes on where it stopped when it is started again.
+"""
 
 from __future__ import annotations
 
@@ -22,27 +25,37 @@ from discovr_monai.inference.parquet import join_parquet, read_parquet, write_pa
 from discovr_monai.inference.plan import ArchivePart, Plan
 from discovr_monai.inference.reading import CineReader, Seen
 
-AT_ONCE = 8  # cines whose windows go through the encoder together, at most
+AT_ONCE = 8  # at most so many cines wait until their windows go through the encoder together
 
 
 class ArchiveInference:
-    """Embeddings, EF and contours of cines, whoever does which part and however often it stops.
+    """Computes embeddings, EF and contours of cines.
+
+    The cines are cut into parts. The results do not depend on which worker does which part, nor
+    on how often the run is interrupted.
 
     Args:
-        model: with its weights.
-        dataset: MONAI's, whose data are datalist rows; see :func:`find_cines`.
-        reader: of these rows.
-        output_dir: see :mod:`discovr_monai.inference.plan`.
-        inferer: MONAI's, from windows to what the model sees in them; None: the model as it is.
-        device: for the model.
-        view: of the cines whose datalist row does not say; None: unknown.
-        batch_size: windows at once.
-        part_size: cines in a part: what a killed worker loses at most.
-        worker, workers_in_all: this worker's number, and how many share the archive.
-        readers: processes that read cines; 0 reads in this one.
-        contours, label_maps, overlays: what is made beside the table, if there is a head.
-        pages: studies that get a page, at most.
-        precision: "fp32" or "bf16", of the encoders.
+        model: the encoders and heads, with their weights.
+        dataset: MONAI's data set, whose data are datalist rows; see :func:`find_cines`.
+        reader: reads the cines of these rows.
+        output_dir: the folder that :mod:`discovr_monai.inference.plan` describes.
+        inferer: MONAI's inferer around the model; None calls the model directly.
+        device: where the model computes.
+        view: the view of cines whose datalist row names none; None means unknown.
+        batch_size: windows that go through the encoders at once.
+        part_size: cines in a part, which is the most that a killed worker loses.
+        worker: this worker's number, from 0.
+        workers_in_all: how many workers share the archive.
+        readers: processes that read cines; 0 reads them in this process.
+        contours: whether to segment every frame, if the model has a head for it.
+        label_maps: whether to write the segmentations as NIfTI (and DICOM for DICOM sources).
+        overlays: whether to write an animation of each segmented cine.
+        pages: the largest number of studies that get a page.
+        precision: "fp32" or "bf16", in which the encoders compute.
+
+    Raises:
+        ValueError: the worker's number or the precision is impossible, or the output folder
+            cannot take these results (see :class:`Plan`).
     """
 
     def __init__(
@@ -102,13 +115,13 @@ class ArchiveInference:
         )
 
     def run(self) -> Path:
-        """Does this worker's parts; the last worker to finish brings everything together.
+        """Does this worker's parts; the worker that finishes last joins the results of all.
 
         Returns:
             The output folder.
 
         Raises:
-            ValueError: if no cine could be used.
+            ValueError: no cine could be used.
         """
         mine = [p for p in self.plan.parts if p.number % self.workers_in_all == self.worker]
         total = sum(len(p.rows) for p in self.plan.parts)
@@ -121,36 +134,34 @@ class ArchiveInference:
             for part in mine:
                 if part.number in finished:
                     continue
-                self._do(part, pool, bar)
+                self._do_part(part, pool, bar)
                 others = self.plan.finished() - finished - {part.number}
                 bar.update(sum(len(self.plan.parts[n].rows) for n in others))
                 finished |= {part.number, *others}
         if self.plan.finished() >= {p.number for p in self.plan.parts}:
-            self._bring_together()
+            self._join_parts()
         return self.plan.out
 
-    # ---- a part ----------------------------------------------------------------------------
-
-    def _do(self, part: ArchivePart, pool: IsolatedPool, bar: Any) -> None:
+    def _do_part(self, part: ArchivePart, pool: IsolatedPool, bar: Any) -> None:
         rows: list[dict[str, Any]] = []
         bad: list[tuple[str, str, str, str]] = []
         waiting: list[Seen] = []
 
         def flush() -> None:
-            for seen, found in self._analyse(waiting):
-                if isinstance(found, Finding):
-                    self.studies.keep(found)
-                    rows.append(self._row(found))
+            for seen, result in self._analyse(waiting):
+                if isinstance(result, Finding):
+                    self.studies.keep(result)
+                    rows.append(self._row(result))
                 else:
-                    bad.append((seen.row["image"], *found))
+                    bad.append((seen.row["image"], *result))
             waiting.clear()
 
-        for row, found in self._read(part.rows, pool):
+        for row, reading in self._read(part.rows, pool):
             bar.update()
-            if "bad" in found:
-                bad.append((row["image"], *found["bad"]))
+            if "bad" in reading:
+                bad.append((row["image"], *reading["bad"]))
                 continue
-            waiting.append(found["seen"])
+            waiting.append(reading["seen"])
             windows = sum(len(s.clips) for s in waiting)
             if windows >= self.analyst.batch_size or len(waiting) >= AT_ONCE:
                 flush()
@@ -161,7 +172,7 @@ class ArchiveInference:
         write_parquet(self.plan.file(part), rows, self._columns())
 
     def _analyse(self, cines: list[Seen]) -> list[tuple[Seen, Finding | tuple[str, str, str]]]:
-        """Findings; a cine that the model fails on is set aside, the others are not."""
+        """A finding of each cine, or why there is none: one failing cine must not stop others."""
         try:
             return list(zip(cines, self.analyst(cines) if cines else [], strict=True))
         except (RuntimeError, ValueError, MemoryError) as error:
@@ -177,8 +188,8 @@ class ArchiveInference:
             for row in rows:
                 yield row, self.reader(row)
             return
-        for row, found, failure in pool.run(rows):
-            yield row, found if failure is None else {"bad": failure}
+        for row, reading, failure in pool.run(rows):
+            yield row, reading if failure is None else {"bad": failure}
 
     def _row(self, finding: Finding) -> dict[str, Any]:
         from PIL import Image
@@ -194,7 +205,7 @@ class ArchiveInference:
         }
 
     def _columns(self) -> Any:
-        """The table's schema: the same for every part."""
+        """The schema of the table, which is the same for every part."""
         import pyarrow as pa
 
         text, number, whole = pa.string(), pa.float64(), pa.int32()
@@ -211,10 +222,8 @@ class ArchiveInference:
         columns |= {"model": text, "notice": text}
         return pa.schema(columns.items())
 
-    # ---- all of them -----------------------------------------------------------------------
-
-    def _bring_together(self) -> None:
-        """One table, the list of what was set aside, and a page for each study."""
+    def _join_parts(self) -> None:
+        """Writes one table of all parts, what was set aside, and the studies' pages."""
         out, private = self.plan.out, self.plan.private
         bad = self.plan.read_aside()
         write_table(private / "bad_files.csv", ("file", "kind", "reason", "what to do"), bad)

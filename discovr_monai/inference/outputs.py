@@ -1,4 +1,4 @@
-"""What is written of a study beside the table: label maps, overlays, a page."""
+"""The files that a study gets beside its rows in the table: label maps, overlays and a page."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from discovr_monai.pages.drawing import SHOWN, resize_labels
 from discovr_monai.pages.overlay import save_overlay
 from discovr_monai.pages.page import CineView, Nearest, write_study_page
 
-NEAREST = 6
-SHOWN_CINES = 24  # of a study, at most
+NEAREST = 6  # similar cines that a page shows beside each cine
+SHOWN_CINES = 24  # a page shows at most so many cines
 
 
 class StudyWriter:
-    """Writes below OUT/studies; what is as identifying as its source, into OUT-private.
+    """Writes below OUT/studies. DICOM files name the patient, so they go into OUT-private.
 
     Args:
-        plan: of the output folder.
-        reader: of the cines.
-        model: whose findings.
-        label_maps: write NIfTI, and DICOM for DICOM sources.
-        overlays: write an animation of each labelled cine.
-        pages: studies that get a page, at most.
+        plan: the plan of the output folder.
+        reader: reads the cines again for the pages.
+        model: the model that made the findings.
+        label_maps: whether to write NIfTI, and DICOM for DICOM sources.
+        overlays: whether to write an animation of each segmented cine.
+        pages: the largest number of studies that get a page.
     """
 
     def __init__(
@@ -61,16 +61,16 @@ class StudyWriter:
         self.label_maps, self.overlays, self.pages = label_maps, overlays, pages
 
     def keep(self, finding: Finding) -> None:
-        """Writes a cine's label maps and overlay; where that fails, the row says so."""
+        """Writes a cine's label maps and overlay; if that fails, its row tells why."""
         if finding.labels is None:
             return
         try:
-            self._keep(finding, finding.labels)
+            self._write_labels(finding, finding.labels)
         except Exception as error:  # one source's odd header must not end an archive's run
             reason = error.problem if isinstance(error, CineError) else type(error).__name__
             finding.values["contours_withheld"] = f"they could not be written ({reason})"
 
-    def _keep(self, finding: Finding, labels: np.ndarray) -> None:
+    def _write_labels(self, finding: Finding, labels: np.ndarray) -> None:
         seen = finding.seen
         folder, name = self.plan.out / "studies" / seen.study, str(seen.row["id"])
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class StudyWriter:
             save_atomic(write, folder / f"{name}.gif")
 
     def finish(self) -> int:
-        """Pages and JSON of the first studies, once all cines are known; how many."""
+        """Writes the first studies' pages and JSON from the joined table; returns how many."""
         if not self.pages:
             return 0
         file = self.plan.out / "embeddings.parquet"
@@ -114,16 +114,16 @@ class StudyWriter:
             folder.mkdir(parents=True, exist_ok=True)
             self._json(folder / "results.json", study, cines)
             views = [
-                self._view(found, rows.get(found["id"]), table, cases[found["id"]])
-                for found in cines[:SHOWN_CINES]
+                self._view(cine, rows.get(cine["id"]), table, cases[cine["id"]])
+                for cine in cines[:SHOWN_CINES]
             ]
-            there = [v for v in views if v is not None]
+            shown = [v for v in views if v is not None]
             count = str(len(cines))
-            if len(there) < len(cines):
-                count += f", of which {len(there)} are shown"
-            if there:
+            if len(shown) < len(cines):
+                count += f", of which {len(shown)} are shown"
+            if shown:
                 facts = {"Model": self.model.sha256, "Cines": count}
-                write_study_page(folder / "page.html", f"Study {study}", there, facts=facts)
+                write_study_page(folder / "page.html", f"Study {study}", shown, facts=facts)
         return len(chosen)
 
     def _json(self, path: Path, study: str, cines: list[dict[str, Any]]) -> None:
@@ -133,59 +133,59 @@ class StudyWriter:
 
     def _view(
         self,
-        found: dict[str, Any],
+        cine: dict[str, Any],
         row: DatalistRow | None,
         table: list[dict[str, Any]],
         cases: list[tuple[int, float]],
     ) -> CineView | None:
-        """The cine read again, as large as a page shows it; None if it has gone since."""
+        """A cine for a page, read again at the page's size; None if its file has gone since."""
         if row is None:
             return None
-        read = self.reader.at(SHOWN)(row)
-        if "seen" not in read:
+        reading = self.reader.at(SHOWN)(row)
+        if "seen" not in reading:
             return None
-        seen: Seen = read["seen"]
+        seen: Seen = reading["seen"]
         scale = max(seen.window[4:6]) / SHOWN
-        known = found.get("ef") is not None
-        ef = (found["ef"], found["ef_low"], found["ef_high"]) if known else None
+        has_ef = cine.get("ef") is not None
+        ef = (cine["ef"], cine["ef_low"], cine["ef_high"]) if has_ef else None
         return CineView(
-            title=f"Cine {found['id']}",
+            title=f"Cine {cine['id']}",
             frames=np.asarray(seen.cine[0]),
             fps=seen.fps,
-            labels=None if found.get("contours_withheld") else self._labels(found, seen),
+            labels=None if cine.get("contours_withheld") else self._labels(cine, seen),
             structures=[metric_name(s) for s in self.model.structures],
             spacing=(scale * seen.spacing[0], scale * seen.spacing[1]) if seen.spacing else None,
-            ed=found.get("ed_frame"),
-            es=found.get("es_frame"),
+            ed=cine.get("ed_frame"),
+            es=cine.get("es_frame"),
             ef=ef,
             ef_coverage=self.model.heads.get("ef", {}).get("coverage", 0.9),
-            ef_withheld=found.get("ef_withheld"),
-            contours_withheld=found.get("contours_withheld"),
-            facts=_facts(found),
+            ef_withheld=cine.get("ef_withheld"),
+            contours_withheld=cine.get("contours_withheld"),
+            facts=_facts(cine),
             nearest=[_case(table[i], similar) for i, similar in cases],
         )
 
-    def _labels(self, found: dict[str, Any], seen: Seen) -> np.ndarray | None:
-        """(T, SHOWN, SHOWN) labels, from the file that :meth:`keep` wrote."""
-        path = self.plan.out / "studies" / found["study"] / f"{found['id']}.nii.gz"
+    def _labels(self, cine: dict[str, Any], seen: Seen) -> np.ndarray | None:
+        """(T, SHOWN, SHOWN) labels, read from the file that :meth:`keep` wrote."""
+        path = self.plan.out / "studies" / cine["study"] / f"{cine['id']}.nii.gz"
         if not path.exists():
             return None
         full = read_masks(path.parent, path.name, (seen.cine.shape[1], *seen.window[:2]))
         return resize_labels(window_masks(full, seen.window), SHOWN)
 
 
-def _facts(found: dict[str, Any]) -> dict[str, str]:
-    """What a page says of a cine."""
-    facts = {"View": found["view"] or "unknown", "Frames": str(found["frames"])}
-    if found["fps"]:
-        facts["Length"] = f"{found['frames'] / found['fps']:.1f} s"
+def _facts(cine: dict[str, Any]) -> dict[str, str]:
+    """The facts that a page lists under a cine, name -> value with its unit."""
+    facts = {"View": cine["view"] or "unknown", "Frames": str(cine["frames"])}
+    if cine["fps"]:
+        facts["Length"] = f"{cine['frames'] / cine['fps']:.1f} s"
     for name, key, unit in (
         ("EDV", "edv_ml", "mL"),
         ("ESV", "esv_ml", "mL"),
         ("EF from contours", "contour_ef", "%"),
     ):
-        if found.get(key) is not None:
-            facts[name] = f"{found[key]:.0f} {unit}"
+        if cine.get(key) is not None:
+            facts[name] = f"{cine[key]:.0f} {unit}"
     return facts
 
 

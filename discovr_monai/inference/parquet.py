@@ -1,4 +1,4 @@
-"""Tables of embeddings: Parquet, a row per cine."""
+"""Parquet files with a row of results for each cine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from discovr_monai.base.notice import NOTICE
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: Any) -> None:
-    """Rows as a Parquet file, whole or not at all; what a row lacks is null."""
+    """Writes rows as a Parquet file, atomically; a column that a row lacks is null there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -24,7 +24,7 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: Any) -> No
 
 
 def join_parquet(path: Path, files: Sequence[Path]) -> int:
-    """Parts to one file, a part in memory at a time; returns the number of rows."""
+    """Joins Parquet files with only one in memory at a time; returns the number of rows."""
     import pyarrow.parquet as pq
 
     count = 0
@@ -43,7 +43,7 @@ def join_parquet(path: Path, files: Sequence[Path]) -> int:
 
 
 def read_parquet(path: Path, leave_out: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows of an embeddings file without some columns."""
+    """The rows of a Parquet file, without the columns named in ``leave_out``."""
     import pyarrow.parquet as pq
 
     names = [n for n in pq.read_schema(path).names if n not in leave_out]
@@ -52,7 +52,7 @@ def read_parquet(path: Path, leave_out: Sequence[str] = ()) -> list[dict[str, An
 
 
 def read_embeddings(path: Path) -> np.ndarray:
-    """(M, D) float32 of an embeddings file."""
+    """The "embedding" column of a Parquet file as (M, D) float32, a row per cine."""
     import pyarrow.parquet as pq
 
     column = pq.read_table(path, columns=["embedding"])["embedding"].combine_chunks()

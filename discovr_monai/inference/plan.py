@@ -1,15 +1,15 @@
-"""What an archive's inference has to do, cut into parts that do not depend on who does them.
+"""The cines of an inference, cut into parts that any worker can do.
 
-The output folder names nobody (its pictures show what the cines show), the private one beside it
-(OUT-private) leads back to the files:
+The output folder names no patient, although its pictures show what the cines show. The private
+folder beside it (OUT-private) tells which results belong to which file:
 
     OUT/inference.json          what was run: model, settings
     OUT/parts/00003.parquet     finished parts, a row per cine
-    OUT/embeddings.parquet      all of them, results.csv without the embeddings
+    OUT/embeddings.parquet      the rows of all parts; results.csv has them without embeddings
     OUT/studies/STUDY/          label maps, overlays, page.html, results.json
-    OUT-private/cines/0000.json relative names, in parts; a file more for cines that came later
+    OUT-private/cines/0000.json relative names in parts; 0001.json if cines were added later
     OUT-private/files.csv       salted id -> relative name
-    OUT-private/bad_files.csv   what was set aside, and why
+    OUT-private/bad_files.csv   which files were set aside, and why
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from discovr_monai.data.read.kinds import known_name, walk
 
 @dataclass(frozen=True)
 class ArchivePart:
-    """Cines that one worker does in one go.
+    """Cines whose results one worker writes in one file.
 
     Attributes:
-        number: from 0.
-        rows: of the datalist, each with its salted "id".
+        number: the part's place among all parts, from 0.
+        rows: datalist rows, each with the cine's salted "id".
     """
 
     number: int
@@ -47,16 +47,20 @@ class ArchivePart:
 def find_cines(
     source: str | Path, datalist: str | Path | None = None, section: str | None = None
 ) -> tuple[Path, list[DatalistRow]]:
-    """Root and rows of a folder, a datalist over it, or a single file.
-
-    A folder's datalist.json counts if no other is given. Without one, all files that may be
-    cines are taken; what they hold is found out when they are read.
+    """The root folder and the datalist rows of what inference shall look at.
 
     Args:
-        section: of the datalist; None for all of them.
+        source: a folder, or a single file.
+        datalist: lists the folder's cines; None takes its datalist.json. Without either, every
+            file is taken whose name may be a cine's; its content shows when it is read.
+        section: the datalist's section to take; None takes all.
+
+    Returns:
+        The folder, and rows whose "image" is relative to it.
 
     Raises:
-        FileNotFoundError, ValueError: with what to do.
+        FileNotFoundError: ``source`` does not exist.
+        ValueError: there is no such section, or no file that may be a cine.
     """
     source = Path(source)
     if not source.exists():
@@ -64,13 +68,13 @@ def find_cines(
     if source.is_file():
         source = source.resolve()
         return source.parent, [{"image": source.name}]
-    own = source / "datalist.json"
-    if datalist is None and not own.is_file():
+    default = source / "datalist.json"
+    if datalist is None and not default.is_file():
         rows: list[DatalistRow] = [{"image": n} for n in sorted(walk(source)) if known_name(n)]
         if not rows:
             raise ValueError(f"dataset_dir {source.name!r} holds no file that may be a cine")
         return source, rows
-    sections = load_rows(own if datalist is None else Path(datalist), source, must_exist=False)
+    sections = load_rows(default if datalist is None else Path(datalist), source, must_exist=False)
     if section is not None and section not in sections:
         raise ValueError(
             f"the datalist has no section {section!r}; it has {', '.join(map(repr, sections))}"
@@ -81,21 +85,21 @@ def find_cines(
 
 
 class Plan:
-    """The parts of an output folder; cines that came later are parts of their own.
+    """The parts of an output folder.
 
-    What a part holds is written once, by whichever worker comes first, and never changes.
+    Which cines a part holds is written by whichever worker comes first, and never changes; cines
+    that were added to the source later get parts of their own.
 
     Args:
         out: the output folder.
-        root: that the rows' names start from.
-        rows: all cines now; what lies in ``out`` itself is no source.
-        about: what decides a row: model, settings. Another ``about`` in the folder is refused,
-            as are another source and another salt.
+        root: the folder that the rows' names are relative to.
+        rows: all cines of the source. Those that lie in ``out`` itself are left out.
+        about: the model and the settings that decide a result.
         part_size: cines in a part.
 
     Raises:
-        ValueError: if the folder holds another model's or source's rows, is not ours, or
-            cines have changed since they were read.
+        ValueError: the folder holds results of another model, source, salt or other settings, or
+            files of other origin, or cines have changed since they were read.
     """
 
     def __init__(
@@ -110,48 +114,49 @@ class Plan:
             raise ValueError(f"part_size {part_size} must be at least 1")
         self.out, self.private = out, out.with_name(f"{out.name}-private")
         self.salt = load_salt()
-        ours = (out.resolve(), self.private.resolve())
-        known: dict[str, DatalistRow] = {}
+        outputs = (out.resolve(), self.private.resolve())
+        by_name: dict[str, DatalistRow] = {}
         for row in rows:
-            place = (root / row["image"]).absolute()
-            if not any(place.is_relative_to(folder) for folder in ours):
-                known[_name(row)] = {**row, "id": self.id_of(_name(row))}  # type: ignore[typeddict-item]
+            path = (root / row["image"]).absolute()
+            if not any(path.is_relative_to(folder) for folder in outputs):
+                by_name[_name(row)] = {**row, "id": self.id_of(_name(row))}  # type: ignore[typeddict-item]
         where = {
             "salt": salted_id("inference", self.salt),
             "source": salted_id(f"source {root.resolve()}", self.salt),
         }
         self._claim({**about, **where})
-        stamps = {name: _stamp(root, row) for name, row in known.items()}
+        stamps = {name: _stamp(root, row) for name, row in by_name.items()}
         self.parts: list[ArchivePart] = []
         self.names: list[list[str]] = self._generations(stamps, part_size)
         for names in self.names:
-            there = tuple(known[n] for n in names if n in known)
-            self.parts.append(ArchivePart(len(self.parts), there))
+            present = tuple(by_name[n] for n in names if n in by_name)
+            self.parts.append(ArchivePart(len(self.parts), present))
 
     def id_of(self, name: str) -> str:
-        """The salted id of a name of the plan."""
+        """The salted id of a cine that the plan calls ``name`` (see ``_name``)."""
         return salted_id(name.replace("#", ""), self.salt)
 
     def _claim(self, about: dict[str, Any]) -> None:
         file = self.out / "inference.json"
         remedy = "choose another --output_dir, or remove this one"
         if not file.exists():
-            there = list(self.out.iterdir()) if self.out.exists() else []
-            if any(not p.name.startswith(".") for p in there) and not file.exists():
+            content = list(self.out.iterdir()) if self.out.exists() else []
+            # another worker may have written the file in the meantime
+            if any(not p.name.startswith(".") for p in content) and not file.exists():
                 raise ValueError(f"the output folder {self.out.name!r} is not empty: {remedy}")
             _publish(file, about)
         try:
-            found = json.loads(file.read_text())
+            written = json.loads(file.read_text())
         except ValueError:
-            found = {}
-        if found == about:
+            written = {}
+        if written == about:
             return
-        if is_shortened_id(found.get("salt"), about["salt"]):
+        if is_shortened_id(written.get("salt"), about["salt"]):
             raise ValueError(
                 f"the output folder {self.out.name!r} was made with shorter ids by an earlier "
                 f"version: {remedy}"
             )
-        differs = next((k for k in about if found.get(k) != about[k]), "another version")
+        differs = next((k for k in about if written.get(k) != about[k]), "another version")
         why = {
             "model": "another model's rows",
             "source": "the rows of another source",
@@ -160,7 +165,7 @@ class Plan:
         raise ValueError(f"the output folder {self.out.name!r} holds {why}: {remedy}")
 
     def _generations(self, stamps: dict[str, str], size: int) -> list[list[str]]:
-        """Names in parts: those of earlier runs stay what they were."""
+        """The names in each part: first those of earlier runs as they were, then new ones."""
         folder = self.private / "cines"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any((self.out / "parts").glob("*.parquet")) and not any(folder.iterdir()):
@@ -187,35 +192,35 @@ class Plan:
             _publish(file, [dict(new[i : i + size]) for i in range(0, len(new), size)])
 
     def file(self, part: ArchivePart) -> Path:
-        """Where a finished part's rows are."""
+        """The file of a finished part's rows."""
         return self.out / "parts" / f"{part.number:05}.parquet"
 
     def aside(self, part: ArchivePart) -> Path:
-        """Where a part's unusable files are listed."""
+        """The list of a part's unusable files."""
         return self.private / "set_aside" / f"{part.number:05}.json"
 
     def finished(self) -> set[int]:
         """Numbers of the parts whose rows are written."""
-        found = (self.out / "parts").glob("*.parquet")
-        return {int(p.stem) for p in found if p.stem.isdigit()}
+        files = (self.out / "parts").glob("*.parquet")
+        return {int(file.stem) for file in files if file.stem.isdigit()}
 
     def write_aside(self, part: ArchivePart, bad: Sequence[tuple[str, str, str, str]]) -> None:
-        """Lists a part's unusable files; before its rows, which mark it as finished."""
+        """Lists a part's unusable files. Call it before the rows are written: they end a part."""
         write_text(self.aside(part), json.dumps(list(bad), indent=1) + "\n")
 
     def read_aside(self) -> list[list[str]]:
-        """Everything that was set aside: file, kind, reason, what to do."""
+        """All files that were set aside: name, kind, reason, what to do."""
         files = [self.aside(p) for p in self.parts]
         return [entry for f in files if f.exists() for entry in json.loads(f.read_text())]
 
 
 def _name(row: DatalistRow) -> str:
-    """What the plan calls a row: its file, and where it begins in a shard of several."""
+    """What the plan calls a cine: its file, and its first frame in a shard of several cines."""
     return f"{row['image']}#{row['first']}" if "first" in row else row["image"]
 
 
 def _stamp(root: Path, row: DatalistRow) -> str:
-    """Changes with the file and with what the datalist says of it."""
+    """A text that changes with the file's size or time, and with its datalist row."""
     path = root / row["image"]
     stat = path.stat() if path.exists() else None
     size = (stat.st_size, stat.st_mtime_ns) if stat else None
@@ -224,7 +229,7 @@ def _stamp(root: Path, row: DatalistRow) -> str:
 
 
 def _publish(path: Path, content: Any) -> None:
-    """Writes JSON unless another worker has: the first one counts."""
+    """Writes JSON, unless another worker has written the file before: then that one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

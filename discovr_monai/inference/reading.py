@@ -1,4 +1,4 @@
-"""From a datalist row to a cine's windows, in a process of its own."""
+"""Reads the cine of a datalist row and cuts it into windows, in a process of its own."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ class Seen:
     """A cine as inference sees it.
 
     Attributes:
-        row: of the datalist, with "id".
-        patient, study: salted; where no study is known, all of a patient is one, or of a folder.
+        row: its datalist row, with the salted "id".
+        patient, study: salted ids. Where the study is unknown, all cines of a patient, or else of
+            a folder, count as one study.
         cine: (C, T, S, S) uint8.
-        clips: (n, C, t, S, S) uint8, evenly spaced windows.
-        fps: frames per second, or None.
-        spacing: (row, column) mm of the file's own frames, or None.
-        window: see :class:`discovr_monai.base.types.Cine`.
+        clips: (n, C, t, S, S) uint8, evenly spaced windows of the cine.
+        fps: frames per second, or None if unknown.
+        spacing: mm between rows and between columns of the file's own frames, None if unknown.
+        window: where the square lies in the file's frames; see
+            :class:`discovr_monai.base.types.Cine`.
     """
 
     row: DatalistRow
@@ -42,7 +44,7 @@ class Seen:
 
     @property
     def thumbnail(self) -> np.ndarray:
-        """(64, 64) uint8, the middle frame."""
+        """(64, 64) uint8: the middle frame, made small."""
         from PIL import Image
 
         middle = self.cine[self.cine.shape[0] // 2, self.cine.shape[1] // 2]
@@ -51,15 +53,18 @@ class Seen:
 
 @dataclass
 class CineReader:
-    """Reads one row; what cannot be used becomes a reason, never an exception.
+    """Reads the cine of one row. An unusable cine gives a reason, never an exception.
 
     Attributes:
         loader: reads and prepares cines.
-        num_frames: of a window.
+        num_frames: frames of a window.
         clip: how the checkpoint's clips were sampled: stride or duration, pad_mode, default_fps.
-        least: windows of a short cine.
-        overlap: share of a window that the next one repeats in a long cine, in [0, 1).
-        salt: of the ids.
+        least: the smallest number of windows, which a short cine gets.
+        overlap: the share of a window that the next one repeats in a long cine, in [0, 1).
+        salt: makes the ids.
+
+    Raises:
+        ValueError: ``overlap`` lies outside [0, 1).
     """
 
     loader: LoadCined
@@ -74,7 +79,12 @@ class CineReader:
             raise ValueError(f"overlap {self.overlap} must lie in [0, 1)")
 
     def windows(self, length: int, stride: float) -> int:
-        """How many evenly spaced windows cover a cine of ``length`` frames."""
+        """The number of evenly spaced windows that cover a cine.
+
+        Args:
+            length: frames of the cine.
+            stride: frames of the cine from one frame of a window to the next.
+        """
         span = (self.num_frames - 1) * stride + 1
         step = max(1.0, span * (1 - self.overlap))
         return max(self.least, 1 + math.ceil(max(0.0, length - span) / step))
@@ -88,8 +98,8 @@ class CineReader:
             return {"bad": failure_of(error)}
 
     def _read(self, row: DatalistRow) -> Seen:
-        found = self.loader({**row})  # type: ignore[dict-item]
-        cine = np.ascontiguousarray(found["image"])
+        item = self.loader({**row})  # type: ignore[dict-item]
+        cine = np.ascontiguousarray(item["image"])
         sample = SampleClipd(
             num_frames=self.num_frames,
             stride=self.clip["stride"],
@@ -97,12 +107,12 @@ class CineReader:
             pad_mode=self.clip["pad_mode"],
             default_fps=self.clip["default_fps"],
         )
-        stride = sample.stride_of(found["fps"], row["image"])
+        stride = sample.stride_of(item["fps"], row["image"])
         sample.num_clips = self.windows(cine.shape[1], stride)
-        indices = sample.indices(cine.shape[1], found["fps"], row["image"])
+        indices = sample.indices(cine.shape[1], item["fps"], row["image"])
         clips = np.stack([cine[:, np.maximum(i, 0)] for i in indices])
         clips[np.broadcast_to((indices < 0)[:, None], clips.shape[:3])] = 0
-        spacing = found.get("spacing")
+        spacing = item.get("spacing")
         patient, study = salted_owners(row, self.loader.root, row["id"], self.salt)
         return Seen(
             row=row,
@@ -110,12 +120,12 @@ class CineReader:
             study=study,
             cine=cine,
             clips=clips,
-            fps=found["fps"],
+            fps=item["fps"],
             spacing=(float(spacing[0]), float(spacing[1])) if spacing else None,
-            window=found["window"],
+            window=item["window"],
         )
 
     def at(self, size: int) -> CineReader:
-        """The same for pictures of another size."""
+        """A reader of the same cines at another size, in pixels per side."""
         other = LoadCined(root=self.loader.root, size=size, sector=self.loader.sector)
         return replace(self, loader=other)

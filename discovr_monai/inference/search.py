@@ -1,4 +1,4 @@
-"""Nearest neighbours among embeddings: exact on small sets, a graph index over a million."""
+"""Nearest neighbours among embeddings: exact in small sets, by a graph index in large ones."""
 
 from __future__ import annotations
 
@@ -11,18 +11,26 @@ import numpy as np
 from discovr_monai.base.files import save_atomic
 from discovr_monai.inference.parquet import read_embeddings, read_parquet
 
-EXACT = 100_000  # rows up to which every distance is computed
-OWN = 200  # of a patient, that are looked past
+EXACT = 100_000  # up to so many rows, every distance is computed
+OWN = 200  # so many cines of the same patient are searched past, at most
 
 
 class Neighbours:
-    """Cosine neighbours among M embeddings.
+    """Finds the embeddings with the largest cosine similarity.
 
     Args:
         embeddings: (M, D) float32.
-        exact: compute every distance, else ask an HNSW graph (usearch, float16); None: by
-            size, exact up to 100,000.
-        file: where the graph is kept; a file that fits is loaded instead of built.
+        exact: whether to compute every distance instead of asking an HNSW graph (usearch,
+            float16); None computes them up to M = 100,000.
+        file: where the graph is kept. If it holds these embeddings already, it is loaded.
+
+    Raises:
+        ValueError: there are no embeddings, or they are no matrix.
+
+    >>> search = Neighbours(np.eye(3, dtype=np.float32))
+    >>> rows, similarities = search(np.array([[1.0, 0.5, 0.0]]), k=2)
+    >>> rows.tolist(), np.round(similarities.astype(float), 2).tolist()
+    ([[0, 1]], [[0.89, 0.45]])
     """
 
     def __init__(
@@ -47,14 +55,14 @@ class Neighbours:
             save_atomic(self._save, file)
 
     def _fits(self) -> bool:
-        """Whether the graph is of these embeddings, by a thousand of them."""
+        """Whether the graph holds these embeddings; a thousand of them are compared."""
         count = len(self.embeddings)
         if len(self.index) != count or self.index.ndim != self.embeddings.shape[1]:
             return False
         rows = np.unique(np.linspace(0, count - 1, 1000).astype(np.int64))
-        kept, own = np.asarray(self.index.get(rows), np.float32), self.embeddings[rows]
-        along = (kept * own).sum(1) / np.linalg.norm(kept, axis=1) / np.linalg.norm(own, axis=1)
-        return bool((along > 0.999).all())
+        a, b = np.asarray(self.index.get(rows), np.float32), self.embeddings[rows]
+        cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        return bool((cosines > 0.999).all())
 
     def _save(self, path: Path) -> None:
         self.index.save(str(path))
@@ -66,11 +74,11 @@ class Neighbours:
         if self.exact:
             from usearch.index import search
 
-            found = search(self.embeddings, queries, k, metric="cos", exact=True)
+            matches = search(self.embeddings, queries, k, metric="cos", exact=True)
         else:
-            found = self.index.search(queries, k)
-        keys = np.asarray(found.keys).reshape(len(queries), -1)
-        far = np.asarray(found.distances).reshape(len(queries), -1)
+            matches = self.index.search(queries, k)
+        keys = np.asarray(matches.keys).reshape(len(queries), -1)
+        far = np.asarray(matches.distances).reshape(len(queries), -1)
         return keys.astype(np.int64), 1 - far
 
 
@@ -80,7 +88,10 @@ def nearest_cases(
     k: int,
     wanted: Container[str],
 ) -> dict[str, list[tuple[int, float]]]:
-    """For each wanted row's id up to k nearest rows of other patients: (row, similarity)."""
+    """For the id of each wanted row, the (row number, similarity) of up to ``k`` nearest cines.
+
+    Cines of the same patient are left out.
+    """
     search = Neighbours(embeddings)
     counts: dict[str, int] = {}
     for row in table:
@@ -98,18 +109,19 @@ def nearest_cases(
 
 
 def find_nearest(file: str | Path, query: str, k: int = 10) -> list[dict[str, Any]]:
-    """The cines of an embeddings file that are nearest to one of them.
+    """The cines of an inference that are most similar to one of them.
 
     Args:
         file: embeddings.parquet.
         query: the id of a cine in it.
-        k: how many.
+        k: how many cines to return.
 
     Returns:
-        Rows without embedding, with "similarity", the nearest first.
+        The cines' rows without the embedding, with "similarity" (cosine), the nearest first.
 
     Raises:
-        ValueError: if the id is not there.
+        FileNotFoundError: there is no such file.
+        ValueError: the file has no such id.
     """
     path = Path(file)
     if not path.is_file():
@@ -122,5 +134,5 @@ def find_nearest(file: str | Path, query: str, k: int = 10) -> list[dict[str, An
     index = path.with_suffix(".usearch")
     keys, similar = Neighbours(embeddings, file=index)(embeddings[rows], k + 1)
     pairs = zip(keys[0].tolist(), similar[0].tolist(), strict=True)
-    found = [{**table[i], "similarity": round(s, 4)} for i, s in pairs if i != rows[0]]
-    return found[:k]
+    others = [{**table[i], "similarity": round(s, 4)} for i, s in pairs if i != rows[0]]
+    return others[:k]

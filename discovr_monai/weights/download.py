@@ -156,21 +156,27 @@ def download(
                 "delete it to fetch it anew, or check the hash"
             )
     else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.part")
-        _fetch(_address(entry.url), partial, entry.file)
-        digest = sha256_of(partial)
-        if expected not in (None, digest):
-            _remove(partial)
-            raise DownloadError(
-                f"{entry.file} has SHA-256 {digest}, not {expected}: removed. It is another "
-                "version or was tampered with: ask its publisher"
-            )
-        partial.replace(target)
-        _remove(partial)
+        digest = _fetch_whole(entry, target, expected)
     beside(target, "licence.txt").write_text(f"{entry.licence}\n", encoding="utf-8")
     beside(target, "sha256").write_text(f"{digest}  {target.name}\n", encoding="utf-8")
     return target
+
+
+def _fetch_whole(entry: Released, target: Path, expected: str | None) -> str:
+    """Puts the file at ``target`` once it is complete and as expected; returns its hash."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.part")
+    _fetch(_address(entry.url), partial, entry.file)
+    digest = sha256_of(partial)
+    if expected not in (None, digest):
+        _remove(partial)
+        raise DownloadError(
+            f"{entry.file} has SHA-256 {digest}, not {expected}: removed. It is another "
+            "version or was tampered with: ask its publisher"
+        )
+    partial.replace(target)
+    _remove(partial)
+    return digest
 
 
 def beside(path: Path, kind: str) -> Path:
