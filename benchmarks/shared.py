@@ -1,10 +1,14 @@
-"""What scripts of several rooms share: tables inside hand-written pages, and a quiet machine."""
+"""What several scripts share: tables inside hand-written pages, and what machine measured them."""
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
+from typing import Any
 
 import psutil
+import torch
 
 from discovr_monai.base.files import save_atomic
 
@@ -29,6 +33,28 @@ def write_between_markers(page: Path, text: str, script: str) -> None:
         raise ValueError(f"{page.name} has no markers {begin(script)} and {END}: put them back")
     content = f"{before}{marker}\n{text}\n{END}{after}"
     save_atomic(lambda path: Path(path).write_text(content), page)
+
+
+def cpu_name() -> str:
+    """The processor's name, as Linux tells it or else Python."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor()])[0]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What measured figures depend on."""
+    return {
+        "device": device.type,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "amx": bool(torch.cpu._is_amx_tile_supported()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "busy_cores": busy_cores(),
+    }
 
 
 def busy_cores(seconds: float = 2.0) -> float:

@@ -15,7 +15,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -26,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from comparison_results import BUNDLE, HERE, protocol
+
+sys.path.append(str(Path(__file__).parents[1]))
+from shared import cpu_name
 
 WARM_UP = 3
 
@@ -54,12 +56,9 @@ def main() -> None:
             measured[name].append(child(name, options.work, options.steps))
             print(f"{name}: {statistics.median(measured[name][-1]['seconds']):.3f} s", flush=True)
     cost = {name: summary(rounds) for name, rounds in measured.items()}
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
     content = {
         "date": datetime.date.today().isoformat(),
-        "cpu": (names or [platform.processor()])[0],
+        "cpu": cpu_name(),
         "threads": 1,
         "methods": cost,
     }

@@ -28,7 +28,6 @@ from monai.bundle import ConfigParser
 from step_setup import CONFIGS, QUICK, SIZES
 from torch import Tensor
 from tqdm import tqdm
-from train_step import machine
 
 from discovr_monai.data.clips.normalise import IMAGENET_MEAN, IMAGENET_STD, PrepareClip
 from discovr_monai.data.clips.transforms import LoadCined
@@ -42,7 +41,7 @@ from discovr_monai.inference.plan import find_cines
 from discovr_monai.inference.reading import CineReader, Seen
 
 sys.path.append(str(Path(__file__).parents[1]))
-from shared import busy_warning, write_between_markers
+from shared import busy_warning, machine, write_between_markers
 
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 WAYS = {  # row -> format of its file; None: torch itself

@@ -31,10 +31,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from discovr_monai.base.distributed import local_device
 from discovr_monai.phantom.dataset import write_phantom_dataset
 
 sys.path.append(str(Path(__file__).parents[1]))
-from shared import busy_cores, busy_warning, write_between_markers
+from shared import busy_warning, machine, write_between_markers
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "performance.md"
@@ -57,7 +58,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as name:
         folder = Path(name)
-        report = {"machine": machine(), "rounds": options.rounds, "quick": options.quick}
+        report = {
+            "machine": machine(local_device()),
+            "rounds": options.rounds,
+            "quick": options.quick,
+        }
         videos = folder / "phantom"
         write_phantom_dataset(videos, num_clips=CINES, num_frames=48, progress=False)
         rounds = [one_round(folder, i, options.quick) for i in range(options.rounds + 1)]
@@ -83,18 +88,6 @@ def parse() -> argparse.Namespace:
     if options.quick:
         options.rounds = 1
     return options
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    import torch
-
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "busy_cores": busy_cores(),
-    }
 
 
 def settings(values: dict[str, Any]) -> list[str]:

@@ -19,8 +19,6 @@ import argparse
 import datetime
 import gc
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -35,10 +33,10 @@ from step_report import option_tables, tables
 from step_setup import SIZES, build, difference, now, step
 
 from discovr_monai.base.files import save_atomic
-from discovr_monai.training.trainer import DiscovrTrainer, unwrap
+from discovr_monai.training.trainer import DiscovrTrainer
 
 sys.path.append(str(Path(__file__).parents[1]))
-from shared import busy_cores, write_between_markers
+from shared import machine, write_between_markers
 
 DOCS = Path(__file__).parents[2] / "docs" / "performance.md"
 PRECISIONS = ("fp32", "bf16")
@@ -110,25 +108,6 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         print("no CUDA GPU here: measured on the CPU")
     return torch.device("cpu")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
-    name = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    return {
-        "device": device.type,
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "amx": bool(torch.cpu._is_amx_tile_supported()),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "busy_cores": busy_cores(),
-    }
 
 
 def peaks(
@@ -216,14 +195,14 @@ def agreement(
 def count(trainer: DiscovrTrainer, batch: int) -> dict[str, float]:
     """Part -> operations of matrix products that a step of this trainer needs."""
     cluster = trainer.loss_function.terms["cluster"]
-    network = unwrap(trainer.network)
+    network = trainer.network
     return operations.step(
         network,
         batch,
         trainer.masking.num_views,
         trainer.masking.ratio,
         cluster.iterations,  # type: ignore[arg-type]
-        teacher_tokens=trainer.masking.teacher_tokens(network.video_student.num_tokens),
+        teacher_tokens=trainer.masking.teacher_tokens(network.video.student.num_tokens),
     )
 
 
