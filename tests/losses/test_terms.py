@@ -24,39 +24,32 @@ class Reads(torch.nn.Module):
         self.needs = needs
 
 
-@pytest.mark.parametrize(
-    ("terms", "name"),
-    [
-        ({"image": SelfDistillation("image"), "video": SelfDistillation("video")}, "image"),
-        ({"frames": SelfDistillation("image")}, "frames"),  # whatever its name is
-        ({"video": SelfDistillation("video")}, None),
-        ({"image": SelfDistillation("image"), "own": Reads("image_cls")}, None),  # two
-        ({"both": Reads("image_cls", "video_cls")}, None),  # not of the image alone
-        ({"image": SelfDistillation("image"), "own": Reads("image_teacher_logits")}, "image"),
-    ],
-)
-def test_the_term_that_alone_trains_the_image_students(terms, name):
-    assert Objective(terms).image_term == name
+def test_a_term_belongs_to_the_branch_whose_fields_it_reads():
+    terms = {
+        "frames": SelfDistillation("image"),  # whatever its name is
+        "video": SelfDistillation("video"),
+        "cluster": ClusterDistillation(),
+        "own": Reads("image_cls"),
+        "targets": Reads("target_tokens", "video_cls"),  # what trains nothing may be read
+    }
+    assert Objective(terms).branches == {
+        "frames": "image", "video": "video", "cluster": "video", "own": "image",
+        "targets": "video",
+    }  # fmt: skip
 
 
-class OwnSum(Objective):
-    def forward(self, output, step=0):
-        return {"loss": sum(term(output, step) for term in self.terms.values())}
+def test_a_term_that_would_train_both_branches_is_refused():
+    with pytest.raises(ValueError, match="'both' reads image_cls, which train the image branch"):
+        Objective({"both": Reads("image_cls", "video_cls")})
 
 
-def test_terms_that_train_themselves_or_are_summed_otherwise_come_late():
-    terms = {"image": SelfDistillation("image")}
-    assert OwnSum(terms).image_term is None
-    terms["image"].scale = torch.nn.Parameter(torch.ones(()))
-    assert Objective(terms).image_term is None
-
-
-def test_a_term_that_is_known_is_not_computed_again(network, clip):
-    output = network(clip, *masks_for(network))
-    output.image_loss = torch.tensor(7.0)
-    losses = tiny_objective()(output)
-    assert losses["image"] == 7.0
-    assert losses["loss"] == losses["image"] + losses["video"] + losses["cluster"]
+def test_the_terms_of_a_branch_alone(network, clip):
+    objective, output = tiny_objective(), network(clip, *masks_for(network))
+    losses = objective(output)
+    image, video = (objective(output, 0, branch) for branch in ("image", "video"))
+    assert image.keys() == {"loss", "image"} and video.keys() == {"loss", "video", "cluster"}
+    torch.testing.assert_close(image["loss"] + video["loss"], losses["loss"])
+    assert Objective({"video": SelfDistillation("video")})(output, 0, "image") == {}
 
 
 def random_output(**fields) -> DiscovrOutput:
@@ -142,11 +135,10 @@ def test_cross_entropy_keeps_one_array_of_the_logits_type():
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("assignments", ["soft", "hard"])
-def test_cluster_distillation_restated(assignments, chunk):
+def test_cluster_distillation_restated(assignments):
     out = random_output()
-    found = ClusterDistillation(assignments=assignments, chunk=chunk)(out)
+    found = ClusterDistillation(assignments=assignments)(out)
     s_v, s_i = (s.detach().flatten(0, 1) for s in (out.video_scores, out.target_scores))
     q_v, q_i = sinkhorn(s_v), sinkhorn(s_i)
     if assignments == "hard":
