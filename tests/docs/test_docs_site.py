@@ -30,6 +30,17 @@ def test_every_page_is_there(site):
     assert "LearnedPositions" in (site / "tutorials" / "extend.html").read_text()
 
 
+def test_public_names_are_on_their_page(site):
+    import discovr_monai
+
+    page = (site / "api.html").read_text()
+    for name in (*discovr_monai.__all__, "ImageBranch", "VideoBranch", "Centre", "sinkhorn"):
+        assert re.search(rf'id="?discovr_monai[\w.]*\.{name}["> ]', page), name
+    assert "Parameters:" in page
+    assert not re.search(r":(class|func|meth|mod):", page)  # docs/docstring_roles.py
+    assert not list(site.rglob("*.py"))
+
+
 def test_nothing_is_loaded_from_elsewhere(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 20

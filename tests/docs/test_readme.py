@@ -46,6 +46,28 @@ def test_every_command_is_run_by_a_test():
     assert commands() <= set(RUN_BY)
 
 
+def test_the_python_of_the_first_screen(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bundles").symlink_to(ROOT / "bundles")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(compile(block, "README.md", "exec"), {})
+    promised = block.splitlines()[-1].partition("  # ")[2]
+    assert re.match(r"EF \d+ %", promised)
+    assert capsys.readouterr().out.strip() == promised
+
+
+def test_the_figures_of_the_first_screen_are_those_of_the_results():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    results = (ROOT / "docs" / "results.md").read_text()
+    adults = results.partition("## Unseen adult phantoms")[2].partition("## ")[0]
+    for method in ("DISCOVR", "untrained network"):
+        (row,) = re.findall(rf"^\| {method} \|(.*)\|$", adults, re.M)
+        value, low, high = re.findall(r"[\d.]+", row.split("|")[3])
+        assert re.search(rf"{value} % \[(95 % interval )?{low}, {high}\]", readme), method
+    value, interval = re.findall(r"LVEF MAE of ([\d.]+) (\[.*?\])", adults)[0]
+    assert f"{value} % {interval} for the training median" in readme
+
+
 def dry_run(*words: str) -> str:
     done = subprocess.run(["make", "-n", "-B", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
