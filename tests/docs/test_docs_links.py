@@ -58,6 +58,18 @@ def test_links_lead_somewhere(page):
     assert dead_links(page) == []
 
 
+def test_files_of_tests_and_benchmarks_exist():
+    named = {
+        name
+        for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+        for name in re.findall(
+            r"`(?:python )?((?:tests|benchmarks)/[\w/]+(?:\.\w+)?)\b", page.read_text()
+        )
+    }
+    assert len(named) > 10
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
 def test_dead_links_would_be_noticed(tmp_path):
     (tmp_path / "there.md").write_text("# A *title* of `code`, (twice)\n# Two\n# Two\n")
     alive = "[a](there.md#a-title-of-code-twice) [b](#here) [c](there.md#two-1) ![d](there.md)"
