@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     pytest.importorskip("material", reason="mkdocs-material is not installed: make docs")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: make docs")
     folder = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -37,7 +38,9 @@ def test_public_names_are_on_their_page(site):
     for name in (*discovr_monai.__all__, "ImageBranch", "VideoBranch", "Centre", "sinkhorn"):
         assert re.search(rf'id="?discovr_monai[\w.]*\.{name}["> ]', page), name
     assert "Parameters:" in page
-    assert not re.search(r":(class|func|meth|mod):", page)  # docs/docstring_roles.py
+    assert not re.search(r":(class|func|meth|mod|attr):", page)  # docs/docstrings.py
+    example = page.partition('id="discovr_monai.losses.sinkhorn.sinkhorn"')[2].partition("<h3")[0]
+    assert "0.7311" in example and "<pre>" in example and "<blockquote>" not in page
     assert not list(site.rglob("*.py"))
 
 
