@@ -66,7 +66,7 @@ def pool_tokens(tokens: Tensor, grid: Sequence[int]) -> dict[str, Tensor]:
     {'cls': (2, 24), 'mean': (2, 24), 'motion': (2, 384)}
     """
     patches = tokens[:, :, 1:]
-    by_place = patches.reshape(len(tokens), *grid, -1)  # (B, t, h, w, d)
+    by_place = patches.reshape(tokens.shape[0], *grid, -1)  # (B, t, h, w, d)
     moving = (by_place.var(1, unbiased=False) + 1e-12).sqrt().permute(0, 3, 1, 2)  # (B, d, h, w)
     size = (min(grid[1], PLACES), min(grid[2], PLACES))
     motion = F.adaptive_avg_pool2d(moving, size).flatten(1)
