@@ -46,31 +46,31 @@ def diagnose(output: DiscovrOutput, objective: Objective, step: int) -> dict[str
     sqrt(d): 1 when isotropic) and ``effective_rank`` (teacher CLS). For clustering:
     ``prototypes_used`` (share of prototypes that are some token's nearest, both sides).
     """
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for term in objective.terms.values():
         if isinstance(term, SelfDistillation):
             p = term.teacher_probabilities(output, step)
             mean_entropy = entropy(p).mean()
             name = term.branch
-            found[f"{name}_entropy"] = float(mean_entropy) / math.log(p.shape[-1])
-            found[f"{name}_information"] = float(entropy(p.mean(0)) - mean_entropy)
+            metrics[f"{name}_entropy"] = float(mean_entropy) / math.log(p.shape[-1])
+            metrics[f"{name}_information"] = float(entropy(p.mean(0)) - mean_entropy)
             cls = getattr(output, f"{name}_cls")[-1].float()  # (B, d), the teacher's
             unit = torch.nn.functional.normalize(cls, dim=-1)
             spread = unit.std(0, correction=0).square().sum().sqrt()
-            found[f"{name}_feature_std"] = float(spread)
-            found[f"{name}_effective_rank"] = float(effective_rank(cls[:256]))
+            metrics[f"{name}_feature_std"] = float(spread)
+            metrics[f"{name}_effective_rank"] = float(effective_rank(cls[:256]))
         elif isinstance(term, ClusterDistillation):
             assert output.video_scores is not None and output.target_scores is not None
             for side, scores in (("video", output.video_scores), ("target", output.target_scores)):
                 used = scores.flatten(0, 1).argmax(-1).unique().numel()
                 tokens = scores.shape[0] * scores.shape[1]
-                found[f"prototypes_used_{side}"] = used / min(scores.shape[-1], tokens)
-    return found
+                metrics[f"prototypes_used_{side}"] = used / min(scores.shape[-1], tokens)
+    return metrics
 
 
 def collapse_report(figures: Mapping[str, float], step: int, min_information: float) -> list[str]:
-    """What looks collapsed, in words with remedies; empty when nothing does."""
-    words = []
+    """What looks collapsed, a sentence with remedies for each; empty when nothing does."""
+    warnings = []
     for branch in ("video", "image"):
         information = figures.get(f"{branch}_information")
         if information is None or information >= min_information:
@@ -81,12 +81,12 @@ def collapse_report(figures: Mapping[str, float], step: int, min_information: fl
             if share > 0.5
             else "gives every sample the same sharp answer"
         )
-        words.append(
+        warnings.append(
             f"step {step}: the {branch} teacher {how}: it tells samples apart by only "
-            f"{information:.3f} nats. Try head_norm: batch, centring: sinkhorn, a lower lr or a "
-            "lower teacher_temperature"
+            f"{information:.3f} nats. Try --video_head_def#norm batch, --loss#terms#video#centring "
+            "sinkhorn, a lower lr or a lower teacher_temperature_schedule#end"
         )
     used = figures.get("prototypes_used_target")
     if used is not None and used < 0.02:
-        words.append(f"step {step}: only {100 * used:.1f} % of the prototypes are used")
-    return words
+        warnings.append(f"step {step}: only {100 * used:.1f} % of the prototypes are used")
+    return warnings

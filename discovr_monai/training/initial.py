@@ -35,7 +35,7 @@ def start_from(network: Discovr, path: str | Path) -> tuple[dict[str, Any], str]
     A student whose teacher the file lacks lends it its weights, and the other way round.
 
     Returns:
-        The file's "about", and in words what began from it.
+        The file's "about", and a line for people on what began from it.
 
     Raises:
         CheckpointError: for a part of another shape, naming a tensor and the keys to change.
@@ -44,29 +44,29 @@ def start_from(network: Discovr, path: str | Path) -> tuple[dict[str, Any], str]
     about = state.get("about")
     if not about:
         raise CheckpointError(f"init {name} does not say how its encoders are built: convert it")
-    own, mine = network.state_dict(), describe_encoders(network, {})
-    here, there = _parts(own), _parts(state["network"])
-    shared = [part for part in here if part in there]
+    weights, built = network.state_dict(), describe_encoders(network, {})
+    ours, theirs = _parts(weights), _parts(state["network"])
+    shared = [part for part in ours if part in theirs]
     if not any(_is_encoder(part) for part in shared):
         raise CheckpointError(f"init {name} has no encoder that this network has")
     for part in shared:
-        _check(f"init {name}", part, (here[part], mine), (there[part], about))
-    began = {key: value for part in shared for key, value in there[part].items()}
+        _check(f"init {name}", part, (ours[part], built), (theirs[part], about))
+    began = {key: value for part in shared for key, value in theirs[part].items()}
     copied = []
     for teacher, student in TWINS.items():
         for missing, lender in ((teacher, student), (student, teacher)):
-            if missing in here and missing not in there and lender in shared:
-                began |= {missing + k.removeprefix(lender): v for k, v in there[lender].items()}
+            if missing in ours and missing not in theirs and lender in shared:
+                began |= {missing + k.removeprefix(lender): v for k, v in theirs[lender].items()}
                 copied.append(missing)
-    load_whole(network, own | began)
-    words = [f"Beginning from {name}: {', '.join(shared)}"]
+    load_whole(network, weights | began)
+    report = [f"Beginning from {name}: {', '.join(shared)}"]
     for title, parts in (
         ("copied from the twin", copied),
-        ("anew", [part for part in here if part not in (*shared, *copied)]),
-        ("not used", [part for part in there if part not in here]),
+        ("anew", [part for part in ours if part not in (*shared, *copied)]),
+        ("not used", [part for part in theirs if part not in ours]),
     ):
-        words += [f"{title}: {', '.join(parts)}"] if parts else []
-    return about, "; ".join(words)
+        report += [f"{title}: {', '.join(parts)}"] if parts else []
+    return about, "; ".join(report)
 
 
 def _parts(state: Part) -> dict[str, dict[str, Tensor]]:
@@ -107,7 +107,7 @@ def _check(
 
 
 def _sizes(part: str, tensors: Part, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Config key -> the value that builds a part like this; keys that are not known are absent."""
+    """Config key -> the value that builds a part like this; keys that nothing tells are absent."""
 
     def shape(name: str) -> tuple[int, ...]:
         return tuple(tensors[f"{part}.{name}"].shape) if f"{part}.{name}" in tensors else (0, 0)
@@ -117,20 +117,20 @@ def _sizes(part: str, tensors: Part, about: Mapping[str, Any]) -> dict[str, Any]
     if part.endswith("_head"):
         outputs, bottleneck = shape("last_layer.weight_v")[:2]
         hidden, width = shape("mlp.0.weight")[:2]
-        return {"head_outputs": outputs, "head_hidden": hidden, "head_bottleneck": bottleneck,
-                "embed_dim": width}  # fmt: skip
+        return {"video_head_def#out_dim": outputs, "video_head_def#hidden_dim": hidden,
+                "video_head_def#bottleneck_dim": bottleneck, "embed_dim": width}  # fmt: skip
     if part == "decoder":
         width, taken = shape("embed.weight")[:2]
         heads = about.get("decoder_num_heads")
         return {
-            "decoder_dim": width,
-            "decoder_depth": depth_of(tensors, "decoder."),
+            "decoder_def#embed_dim": width,
+            "decoder_def#depth": depth_of(tensors, "decoder."),
             "embed_dim": taken,
-            **({} if heads is None else {"decoder_heads": heads}),
+            **({} if heads is None else {"decoder_def#num_heads": heads}),
         }
     if part == "prototypes":
         count, width = tensors[part].shape
         return {"num_prototypes": count, "embed_dim": width}
     if part.endswith("_centre"):
-        return {"head_outputs": tensors[part].shape[-1]}
+        return {"video_head_def#out_dim": tensors[part].shape[-1]}
     return {}

@@ -132,7 +132,7 @@ def test_sections_and_labels(tmp_path):
     found = load_datalist(tmp_path, loader=LoadCined(root=tmp_path), output_dir=tmp_path)
     with pytest.raises(ValueError, match=r"no section 'val'; it has training \(1\), test \(0\)"):
         found.rows("val")
-    with pytest.raises(ValueError, match="only cines labelled abnormal; set normal_only: false"):
+    with pytest.raises(ValueError, match="labelled abnormal; set train#dataset#data#normal_only: "):
         found.rows("training", normal_only=True)
     assert len(found.rows("training")[0]["id"]) == 16
 

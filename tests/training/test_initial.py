@@ -138,12 +138,12 @@ def decoder_of(**options):
             lambda: {"num_prototypes": 12},
             r"prototypes is \(16, 24\), the network has \(12, 24\)\). Set num_prototypes 16 \(now 12\)",
         ),
-        (lambda: head_of(outputs=30), r"video_head.last_layer.*Set head_outputs 32 \(now 30\)"),
-        (lambda: head_of(hidden=20), r"video_head.mlp.*Set head_hidden 16 \(now 20\)"),
-        (lambda: head_of(bottleneck=6), r"video_head.*Set head_bottleneck 8 \(now 6\)"),
-        (lambda: decoder_of(depth=2), r"decoder.blocks.1.*Set decoder_depth 1 \(now 2\)"),
-        (lambda: decoder_of(embed_dim=12), r"decoder.*Set decoder_dim 24 \(now 12\)"),
-        (lambda: decoder_of(num_heads=3), r"decoder is built otherwise. Set decoder_heads 2 \(now 3\)"),
+        (lambda: head_of(outputs=30), r"video_head.last_layer.*Set video_head_def#out_dim 32 \(now 30\)"),
+        (lambda: head_of(hidden=20), r"video_head.mlp.*Set video_head_def#hidden_dim 16 \(now 20\)"),
+        (lambda: head_of(bottleneck=6), r"video_head.*Set video_head_def#bottleneck_dim 8 \(now 6\)"),
+        (lambda: decoder_of(depth=2), r"decoder.blocks.1.*Set decoder_def#depth 1 \(now 2\)"),
+        (lambda: decoder_of(embed_dim=12), r"decoder.*Set decoder_def#embed_dim 24 \(now 12\)"),
+        (lambda: decoder_of(num_heads=3), r"decoder is built otherwise. Set decoder_def#num_heads 2 \(now 3\)"),
     ],
 )  # fmt: skip
 def test_parts_of_another_shape_name_the_key_to_change(whole, options, message):

@@ -46,9 +46,9 @@ class Datalist:
         if normal_only:
             rows = [r for r in rows if not r.get("label")]
         if not rows:
-            why = (
-                "only cines labelled abnormal; set normal_only: false" if normal_only else "nothing"
-            )
+            why = "nothing"
+            if normal_only:
+                why = "only cines labelled abnormal; set train#dataset#data#normal_only: false"
             raise ValueError(f"section {section!r} of the datalist holds {why}")
         return rows
 
