@@ -62,11 +62,11 @@ class Exported:
 
     def __str__(self) -> str:
         """One line for people."""
-        found = (
+        deviations = (
             f"{name} off by up to {absolute:.2g} ({100 * share:.2g} % of its scale)"
             for name, (absolute, share) in self.deviation.items()
         )
-        return f"{self.file.name}: {self.file.stat().st_size / 1e6:.1f} MB; {', '.join(found)}"
+        return f"{self.file.name}: {self.file.stat().st_size / 1e6:.1f} MB; {', '.join(deviations)}"
 
 
 class Distance(nn.Module):
@@ -110,16 +110,16 @@ class Part(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(B, 3, T, H, W) normalised -> the outputs of PARTS, in their order."""
-        found = self.encoder(clip)  # (B, g, 1 + n, d)
+        tokens = self.encoder(clip)  # (B, g, 1 + n, d)
         grid = self.encoder.grid
-        seen = pool_tokens(found, grid)
+        seen = pool_tokens(tokens, grid)
         if self.kind == "embedding":
             return pooled(seen, self.pooling)
         far = self.familiarity(familiar_features(seen["mean"], seen["motion"]))
         if self.kind == "ef":
             return self.head(pooled(seen, self.pooling)), far
-        tokens = found[:, :, 1:].reshape(-1, *grid[1:], found.shape[-1])  # (B t, h, w, d)
-        maps = self.head(tokens)  # (B t, u, C, h', w')
+        patches = tokens[:, :, 1:].reshape(-1, *grid[1:], tokens.shape[-1])  # (B t, h, w, d)
+        maps = self.head(patches)  # (B t, u, C, h', w')
         return maps.unflatten(0, (clip.shape[0], grid[0])).flatten(1, 2), far
 
 
@@ -140,14 +140,14 @@ def export_model(
         formats: keys of FORMATS.
         parts: keys of PARTS; None: all that the model has.
         branch, pooling: of the embedding.
-        tell: hears of each file as soon as it is there.
+        tell: called with each file as soon as it is written.
 
     Raises:
         ExportError: if a file computes something else; it is removed.
-        ValueError: unknown words, a head that the model lacks, missing packages.
+        ValueError: an unknown format or part, a head that the model lacks, missing packages.
     """
-    _check_words("format", formats, FORMATS)
-    _check_words("part", parts or (), PARTS)
+    _check_names("format", formats, FORMATS)
+    _check_names("part", parts or (), PARTS)
     need_packages(formats)
     model = load_model(ckpt, branch, pooling)
     chosen = dict.fromkeys(parts or ("embedding", *model.heads))
@@ -173,11 +173,11 @@ def export_model(
 def check_clips(model: EchoModel) -> Tensor:
     """(3, 3, T, H, W): simulated hearts, prepared as the model's clips are."""
     _, frames, height, width = model.clip_shape
-    found = [
+    cines = [
         simulate_cine(seed, num_frames=max(16, frames), size=max(32, height)).frames[:frames]
         for seed in range(max(BATCHES))
     ]
-    images = torch.from_numpy(np.stack(found))[:, None]  # (3, 1, T, s, s)
+    images = torch.from_numpy(np.stack(cines))[:, None]  # (3, 1, T, s, s)
     images = F.interpolate(images.float(), (frames, height, width)).byte()
     clip = model.about["clip"]
     return PrepareClip(clip["mean"], clip["std"])({"image": images})
@@ -197,7 +197,7 @@ def expected(model: EchoModel, kind: str, clip: Tensor) -> tuple[Tensor, ...]:
 def describe_part(model: EchoModel, kind: str) -> dict[str, Any]:
     """What a file says of itself."""
     head, clip = model.heads.get(kind, {}), model.about["clip"]
-    found: dict[str, Any] = {
+    about: dict[str, Any] = {
         "notice": NOTICE,
         "model": model.sha256,
         "part": kind,
@@ -210,12 +210,12 @@ def describe_part(model: EchoModel, kind: str) -> dict[str, Any]:
         "views": head.get("views"),
     }
     if kind != "segmentation":
-        found["pooling"] = head.get("pooling", model.pooling)
+        about["pooling"] = head.get("pooling", model.pooling)
     else:
-        found["classes"] = ["background", *model.structures]
+        about["classes"] = ["background", *model.structures]
     if kind == "ef":
-        found |= {"interval": float(model.ef.radius), "coverage": head["coverage"]}
-    return {key: value for key, value in found.items() if value is not None}
+        about |= {"interval": float(model.ef.radius), "coverage": head["coverage"]}
+    return {key: value for key, value in about.items() if value is not None}
 
 
 def deviations(
@@ -228,14 +228,14 @@ def deviations(
         output has another shape or is not finite.
     """
     results = [run(clips) for clips, _ in pairs]
-    found = {}
+    worst = {}
     for place, name in enumerate(names):
         both = [(got[place], right[place]) for got, (_, right) in zip(results, pairs, strict=True)]
         scale = max(float(b.abs().max()) for _, b in both)
         alike = all(a.shape == b.shape and bool(a.isfinite().all()) for a, b in both)
-        worst = max(float((a - b).abs().max()) for a, b in both) if alike else float("nan")
-        found[name] = (worst, worst / scale if scale else worst)
-    return found
+        largest = max(float((a - b).abs().max()) for a, b in both) if alike else float("nan")
+        worst[name] = (largest, largest / scale if scale else largest)
+    return worst
 
 
 def _write(file: Path, name: str, content: bytes, kind: str, pairs: Pairs) -> Exported:
@@ -265,7 +265,7 @@ def _write(file: Path, name: str, content: bytes, kind: str, pairs: Pairs) -> Ex
     return done
 
 
-def _check_words(what: str, words: Sequence[str], known: Mapping[str, Any]) -> None:
-    for word in words:
-        if word not in known:
-            raise ValueError(f"{what} {word!r} must be one of {', '.join(known)}")
+def _check_names(what: str, names: Sequence[str], allowed: Mapping[str, Any]) -> None:
+    for name in names:
+        if name not in allowed:
+            raise ValueError(f"{what} {name!r} must be one of {', '.join(allowed)}")

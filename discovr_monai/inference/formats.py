@@ -123,8 +123,8 @@ def open_exported(file: str | Path, kind: str, threads: int | None = None) -> Ru
 
     def run(clip: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            found = network(clip)
-        return found if isinstance(found, tuple) else (found,)
+            outputs = network(clip)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return run
 
@@ -206,8 +206,8 @@ def _with_metadata(model: Any, about: Mapping[str, Any]) -> bytes:
     """The file: an entry for each of ``about``, as JSON unless it is text."""
     import onnx
 
-    words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
-    onnx.helper.set_model_props(model, words)
+    entries = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
+    onnx.helper.set_model_props(model, entries)
     content: bytes = model.SerializeToString()
     return content
 

@@ -116,16 +116,16 @@ class EchoModel(nn.Module):
         }  # branch -> poolings
         out = {"embedding": pooled(seen[self.branch], self.pooling)}
         for kind in self.heads:
-            own = seen[self._of(kind)]
-            out[f"{kind}_seen"] = familiar_features(own["mean"], own["motion"])
+            features = seen[self._of(kind)]
+            out[f"{kind}_seen"] = familiar_features(features["mean"], features["motion"])
         if "ef" in self.heads:
             out["ef_features"] = pooled(seen[self._of("ef")], self.heads["ef"]["pooling"])
         return out
 
     def unfamiliarity(self, kind: str, seen: Tensor) -> Tensor:
         """(B, 2 d) "KIND_seen" -> (B,); a head may be used up to 1."""
-        found: Tensor = getattr(self, f"{kind}_familiarity")(seen)
-        return found
+        distance: Tensor = getattr(self, f"{kind}_familiarity")(seen)
+        return distance
 
     def segmenter(self) -> Segmenter:
         """Encoder and head for label maps of every frame."""

@@ -64,11 +64,11 @@ def set_random_states(states: dict[str, Any]) -> None:
 def sharded_tensors(trainer: DiscovrTrainer) -> dict[str, Tensor]:
     """This rank's parts of the network and of the optimiser's state, by name."""
     network = trainer.network
-    found = {f"network.{name}": value for name, value in network.state_dict().items()}
+    tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     for name, parameter in network.state_dict(keep_vars=True).items():
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
-            found[f"optimizer.{name}.{key}"] = value
-    return found
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
 
 
 def load_sharded_tensors(trainer: DiscovrTrainer, folder: Path) -> None:
@@ -78,18 +78,18 @@ def load_sharded_tensors(trainer: DiscovrTrainer, folder: Path) -> None:
         ValueError: if names or shapes differ, with the first of each.
     """
     network = trainer.network
-    there = shapes(folder)
+    saved = shapes(folder)
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
-    of_network = {name: t for name, t in there.items() if name.startswith("network.")}
-    if found := differences(tensors, of_network):
+    of_network = {name: t for name, t in saved.items() if name.startswith("network.")}
+    if wrong := differences(tensors, of_network):
         raise ValueError(
-            f"checkpoint {folder.name} does not fit the network: {found}. "
+            f"checkpoint {folder.name} does not fit the network: {wrong}. "
             "Use the config that it was trained with"
         )
     for name, parameter in network.state_dict(keep_vars=True).items():
         if not parameter.requires_grad:
             continue
-        for full, like in there.items():
+        for full, like in saved.items():
             prefix, _, key = full.rpartition(".")
             if prefix == f"optimizer.{name}":
                 whole = like.shape == parameter.shape
@@ -108,8 +108,8 @@ class Checkpoints:
         monitor: (engine) -> a number; the lowest at an epoch's end makes best.pt. None: none.
         resume: "auto" continues last.pt if there is one, "never" starts anew, a path continues
             that file.
-        init: a converted or own file whose weights a training begins with; what there is to
-            resume wins.
+        init: a converted or own file whose weights a training begins with, unless there is
+            something to resume.
         hint: the command that continues an interrupted training, for the message.
         clip: how clips are sampled and normalised; kept in the checkpoint beside the encoders'
             shapes, so that evaluation needs nothing but the file.
@@ -245,11 +245,11 @@ class Checkpoints:
 
     def _begin(self, trainer: DiscovrTrainer) -> None:
         assert self.init is not None
-        about, words = start_from(trainer.network, self.init)
+        about, report = start_from(trainer.network, self.init)
         self.source = about.get("source")
         if rank():
             return
-        print(words)
+        print(report)
         for key in ("mean", "std"):
             theirs, ours = about["clip"].get(key), self.clip.get(key)
             if theirs and ours and list(theirs) != list(ours):

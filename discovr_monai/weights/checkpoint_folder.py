@@ -30,7 +30,7 @@ def write_sharded(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[st
     Args:
         folder: its name ends without a suffix.
         tensors: name -> tensor, sharded or the same on every rank.
-        state: what else there is, as JSON takes it.
+        state: what else to keep; must go into JSON.
 
     Raises:
         OSError: on every rank, where one could not write; the old checkpoint stays.
@@ -69,9 +69,9 @@ def write_sharded(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[st
 
 def find_sharded(folder: Path) -> Path | None:
     """The checkpoint at ``folder``, or the one before it where a crash came between the two."""
-    for found in (folder, folder.with_name(folder.name + BEFORE)):
-        if (found / STATE).is_file():
-            return found
+    for candidate in (folder, folder.with_name(folder.name + BEFORE)):
+        if (candidate / STATE).is_file():
+            return candidate
     return None
 
 
@@ -98,10 +98,10 @@ def shapes(folder: Path) -> dict[str, Tensor]:
     """Name -> a tensor of the whole shape and type, without memory."""
     import torch.distributed.checkpoint as dcp
 
-    found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    described = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {
         name: torch.empty(about.size, dtype=about.properties.dtype, device="meta")  # type: ignore[union-attr]
-        for name, about in found.items()
+        for name, about in described.items()
     }
 
 
@@ -117,6 +117,6 @@ def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_whole(folder: Path, prefix: str) -> dict[str, Tensor]:
     """All tensors whose names begin with ``prefix``, whole, under the rest of their names."""
     named = {name: t for name, t in shapes(folder).items() if name.startswith(prefix)}
-    found = {name: torch.empty_like(t, device="cpu") for name, t in named.items()}
-    read_into(folder, found)
-    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    tensors = {name: torch.empty_like(t, device="cpu") for name, t in named.items()}
+    read_into(folder, tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -82,7 +82,7 @@ def convert(
         source: .pth, .pt, .bin (nothing in them is executed), .safetensors or .npz.
         output: .safetensors.
         layout: "auto", "discovr", "videomae" (SIGMA too) or "vit".
-        wanted: sizes and heads, where they are to differ or are not told.
+        wanted: sizes and heads, where they are to differ or the file lacks them.
         stride, mean, std: of the clips; the layout's own by default.
         licence: of the weights; None takes what was written beside a downloaded file.
 
@@ -99,7 +99,7 @@ def convert(
         raise ValueError(f"layout {layout!r} must be auto or one of {', '.join(LAYOUTS)}")
     foreign = read_foreign(source)
     try:
-        layout, found, ledger = _converted(foreign, layout, wanted or Wanted())
+        layout, converted, ledger = _converted(foreign, layout, wanted or Wanted())
     except ValueError as error:
         raise CheckpointError(f"{source.name}: {error}") from error
     for name, reason in foreign.aside.items():
@@ -112,13 +112,13 @@ def convert(
         "notes": [*ledger.notes, *(f"left out: {line.strip()}" for line in ledger.left_out())],
     }
     about = {
-        "video": found.video,
-        "image": found.image,
-        "decoder_num_heads": found.decoder_num_heads,
+        "video": converted.video,
+        "image": converted.image,
+        "decoder_num_heads": converted.decoder_num_heads,
         "clip": clip,
         "source": origin,
     }
-    write_weights(output, found.network, about)
+    write_weights(output, converted.network, about)
     return _account(source.name, output.name, about, ledger)
 
 
@@ -163,46 +163,46 @@ def _converted(foreign: Foreign, layout: str, wanted: Wanted) -> tuple[str, Conv
         num_heads=wanted.num_heads or foreign.num_heads,
         decoder_num_heads=wanted.decoder_num_heads or foreign.decoder_num_heads,
     )
-    found = convert_state(layout, state, wanted, ledger)
+    converted = convert_state(layout, state, wanted, ledger)
     ledger.check()
-    check_parts(found)
-    return layout, found, ledger
+    check_parts(converted)
+    return layout, converted, ledger
 
 
-def check_parts(found: Converted) -> None:
+def check_parts(converted: Converted) -> None:
     """Builds every part on the meta device and compares names and shapes.
 
     Raises:
         ValueError: naming the part and what differs.
     """
-    modules: dict[str, nn.Module] = {}
-    parts = {name.split(".")[0] for name in found.network}
+    network, modules = converted.network, dict[str, nn.Module]()
+    parts = {name.split(".")[0] for name in network}
     try:
         with torch.device("meta"):
-            video = VisionTransformer(**found.video)
+            video = VisionTransformer(**converted.video)
             for part in parts:
                 if part in ("video_student", "video_teacher"):
                     modules[part] = video
                 elif part in ("image_student", "image_teacher"):
-                    modules[part] = VisionTransformer(**(found.image or {}))
+                    modules[part] = VisionTransformer(**(converted.image or {}))
                 elif part.endswith("_head"):
-                    modules[part] = head_like(found.network, part)
+                    modules[part] = head_like(network, part)
                 elif part == "decoder":
-                    heads = found.decoder_num_heads
-                    modules[part] = decoder_like(found.network, video.grid, heads)
+                    heads = converted.decoder_num_heads
+                    modules[part] = decoder_like(network, video.grid, heads)
     except KeyError as error:
         raise ValueError(f"{error.args[0]} (of ours) is missing: the part is not whole") from error
     for part, module in modules.items():
         prefix = f"{part}."
-        own = {k.removeprefix(prefix): v for k, v in found.network.items() if k.startswith(prefix)}
-        if wrong := differences(module.state_dict(), own):
+        tensors = {n.removeprefix(prefix): t for n, t in network.items() if n.startswith(prefix)}
+        if wrong := differences(module.state_dict(), tensors):
             raise ValueError(f"our {part} is built otherwise: {wrong}")
     for single, other in _SAME_WIDTH.items():
-        if single in parts and other in found.network:
-            here, there = found.network[single], found.network[other]
-            if here.shape[-1] != len(there):
+        if single in parts and other in network:
+            weight, rows = network[single], network[other]
+            if weight.shape[-1] != len(rows):
                 raise ValueError(
-                    f"our {single} is {tuple(here.shape)} where {other} has {len(there)} rows"
+                    f"our {single} is {tuple(weight.shape)} where {other} has {len(rows)} rows"
                 )
 
 
@@ -275,36 +275,36 @@ def _read_npz(path: Path) -> Foreign:
     except Exception as error:  # a damaged archive raises anything
         raise CheckpointError(f"{path.name} is damaged or holds pickled objects") from error
     prefix = "state." if any(key.startswith("state.") for key in arrays) else ""
-    found = Foreign({})
+    foreign = Foreign({})
     for key, value in arrays.items():
         if key.startswith(prefix):
-            found.tensors[key.removeprefix(prefix)] = torch.from_numpy(value)
+            foreign.tensors[key.removeprefix(prefix)] = torch.from_numpy(value)
         elif key in ("meta.num_heads", "meta.decoder_num_heads"):
-            setattr(found, key.removeprefix("meta."), int(value))
+            setattr(foreign, key.removeprefix("meta."), int(value))
         else:
-            found.aside[f"{key.partition('.')[0]}.*"] = "beside the state, not weights"
-    return found
+            foreign.aside[f"{key.partition('.')[0]}.*"] = "beside the state, not weights"
+    return foreign
 
 
 def _unwrap(content: Any, source: str) -> Foreign:
     """The innermost mapping of names to tensors; the rest is put aside with a reason."""
-    found = Foreign({})
+    foreign = Foreign({})
     while True:
         if not isinstance(content, Mapping):
             raise CheckpointError(f"{source} holds a {type(content).__name__}, no named tensors")
         inner = next((w for w in WRAPPERS if isinstance(content.get(w), Mapping)), None)
         for key, value in content.items():
             if inner is None and isinstance(value, Tensor):
-                found.tensors[str(key)] = value
+                foreign.tensors[str(key)] = value
             elif key != inner:
                 word = str(key) if str(key).isprintable() else repr(key)
-                found.aside[word] = _why_aside(word, value, inner, source)
+                foreign.aside[word] = _why_aside(word, value, inner, source)
         if inner is None:
             break
         content = content[inner]
-    if not found.tensors:
+    if not foreign.tensors:
         raise CheckpointError(f"{source} holds no named tensors: it is no checkpoint")
-    return found
+    return foreign
 
 
 def _why_aside(key: str, value: Any, inner: str | None, source: str) -> str:
@@ -351,7 +351,7 @@ def to_released(source: str | Path, output: str | Path) -> list[str]:
     about, network = state.get("about") or {}, state["network"]
     ledger = Ledger({name: [name] for name in network})
     names = {ours: released for released, ours in (SINGLES | PARTS).items()}
-    found = {}
+    tensors = {}
     for name, value in network.items():
         part = next((p for p in ("decoder.embed", name, name.split(".")[0])
                      if p in names and (name == p or name.startswith(f"{p}."))), None)  # fmt: skip
@@ -365,10 +365,10 @@ def to_released(source: str | Path, output: str | Path) -> list[str]:
             settings = about[part.split("_")[0]]
             patch = settings["patch_size"]
             value = value.view(len(value), 3, settings["tubelet_size"], patch, patch)
-        found[released] = value.contiguous()
+        tensors[released] = value.contiguous()
         ledger.use(name, released)
     ledger.check()
-    save_atomic(lambda temporary: _write_released(temporary, output.suffix, found), output)
+    save_atomic(lambda temporary: _write_released(temporary, output.suffix, tensors), output)
     return [
         f"{source.name} to the released layout",
         *ledger.lines(),

@@ -78,10 +78,10 @@ def description_tensor(about: Mapping[str, Any]) -> Tensor:
 
 def _read_flat(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(bytes(state[DESCRIPTION].tolist()))
+        content: dict[str, Any] = json.loads(bytes(state[DESCRIPTION].tolist()))
     except ValueError:
         return None
-    return {**found, "network": {k: v for k, v in state.items() if k != DESCRIPTION}}
+    return {**content, "network": {k: v for k, v in state.items() if k != DESCRIPTION}}
 
 
 def is_safetensors(path: Path) -> bool:
@@ -258,10 +258,9 @@ def load_strict(network: torch.nn.Module, state: Mapping[str, Tensor], source: s
     Raises:
         ValueError: with the first missing, unknown and misshapen keys, and what to do.
     """
-    found = differences(network.state_dict(), state)
-    if found:
+    if wrong := differences(network.state_dict(), state):
         raise ValueError(
-            f"checkpoint {source or 'state'} does not fit the network: {found}. "
+            f"checkpoint {source or 'state'} does not fit the network: {wrong}. "
             "Use the config that it was trained with"
         )
     load_whole(network, dict(state))
@@ -276,18 +275,18 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
-    found = [
+    counts = [
         *(f"{len(shapes)} of another shape ({shapes[0]})" for _ in shapes[:1]),
         *(f"{len(missing)} missing ({missing[0]})" for _ in missing[:1]),
         *(f"{len(unknown)} unknown ({unknown[0]})" for _ in unknown[:1]),
     ]
-    return ", ".join(found)
+    return ", ".join(counts)
 
 
 def depth_of(names: Mapping[str, Tensor], part: str) -> int:
     """Blocks of a part, by their highest number."""
-    found = [int(m[1]) for k in names if (m := re.match(rf"{part}blocks\.(\d+)\.", k))]
-    return 1 + max(found, default=-1)
+    numbers = [int(m[1]) for k in names if (m := re.match(rf"{part}blocks\.(\d+)\.", k))]
+    return 1 + max(numbers, default=-1)
 
 
 def _encoder(

@@ -69,8 +69,8 @@ class Ledger:
 
     def check(self) -> None:
         """Raises ValueError naming tensors without a fate."""
-        known = {*self.used, *self.left}
-        lost = [o for name in self.origins if name not in known for o in self.origins[name]]
+        placed = {*self.used, *self.left}
+        lost = [o for name in self.origins if name not in placed for o in self.origins[name]]
         if lost:
             raise ValueError(
                 f"{len(lost)} tensors have no known place: {lost[:8]}. None is dropped "
@@ -127,22 +127,22 @@ def canonical(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     Raises:
         ValueError: if two names become one, or one cannot be printed.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     origins: dict[str, list[str]] = {}
     for key, value in state.items():
         if not key.isprintable():
             raise ValueError(f"{key!r} is no name of a tensor: the file is damaged")
         name = _hugging_face(re.sub(r"^(model|videomae)\.", "", strip_prefixes(key)))
-        if name in found:
+        if name in tensors:
             raise ValueError(f"{key} and {origins[name][0]} name the same tensor: keep one of them")
-        found[name], origins[name] = value, [key]
-    for name in [n for n in found if n.endswith(".attn.query.weight")]:
+        tensors[name], origins[name] = value, [key]
+    for name in [n for n in tensors if n.endswith(".attn.query.weight")]:
         three = [name.replace("query", part) for part in ("query", "key", "value")]
-        if all(n in found for n in three):
+        if all(n in tensors for n in three):
             merged = name.replace("query", "qkv")
-            found[merged] = torch.cat([found.pop(n) for n in three])
+            tensors[merged] = torch.cat([tensors.pop(n) for n in three])
             origins[merged] = [origins.pop(n)[0] for n in three]
-    return found, origins
+    return tensors, origins
 
 
 def _hugging_face(name: str) -> str:

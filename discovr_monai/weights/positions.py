@@ -134,9 +134,9 @@ def _own_size(
                 "the branches mixed up?"
             )
         return side * patch, tokens // side**2 * tubelet
-    for found in ((wanted.image_size, wanted.num_frames), default or (None, None)):
-        if found[0] and found[1] and (found[0] // patch) ** 2 * (found[1] // tubelet) == tokens:
-            return found[0], found[1]
+    for size, frames in ((wanted.image_size, wanted.num_frames), default or (None, None)):
+        if size and frames and (size // patch) ** 2 * (frames // tubelet) == tokens:
+            return size, frames
     if wanted.image_size and not wanted.num_frames:
         per_frame = (wanted.image_size // patch) ** 2
         if per_frame and not tokens % per_frame:
@@ -170,10 +170,10 @@ def position_table(
     table = local["pos_embed"]
     if table.dim() != 3 or table.shape[0] != 1 or table.shape[2] != dim:
         raise ValueError(f"{prefix}pos_embed is {tuple(table.shape)}, not (1, tokens, {dim})")
-    found = table.shape[1] if own is None else math.prod(own)
+    count = table.shape[1] if own is None else math.prod(own)
     if own is None and settings["cls_token"]:
-        found -= 1
-    slot, rows = table[0, : table.shape[1] - found], table[0, table.shape[1] - found :]
+        count -= 1
+    slot, rows = table[0, : table.shape[1] - count], table[0, table.shape[1] - count :]
     if settings["cls_token"] and not len(slot):
         slot = torch.zeros(1, dim)
     return torch.cat((slot, _resized(rows, f"{prefix}pos_embed", own, new, ledger)))[None]

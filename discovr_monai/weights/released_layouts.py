@@ -103,11 +103,11 @@ def _discovr(state: dict[str, Tensor], wanted: Wanted, ledger: Ledger) -> Conver
 def _complete_twins(out: Converted, ledger: Ledger) -> None:
     """Students and teachers stand in for each other where a file has but one."""
     for student, teacher in TWINS.items():
-        for there, missing in ((student, teacher), (teacher, student)):
-            found = {k: v for k, v in out.network.items() if k.startswith(f"{there}.")}
-            if found and not any(k.startswith(f"{missing}.") for k in out.network):
-                ledger.note(f"{missing} is a copy of {there}: the file has no other")
-                out.network |= {missing + k.removeprefix(there): v for k, v in found.items()}
+        for present, missing in ((student, teacher), (teacher, student)):
+            tensors = {k: v for k, v in out.network.items() if k.startswith(f"{present}.")}
+            if tensors and not any(k.startswith(f"{missing}.") for k in out.network):
+                ledger.note(f"{missing} is a copy of {present}: the file has no other")
+                out.network |= {missing + k.removeprefix(present): v for k, v in tensors.items()}
 
 
 def _videomae(state: dict[str, Tensor], wanted: Wanted, ledger: Ledger) -> Converted:
@@ -200,14 +200,14 @@ def _weights(
     local: Mapping[str, Tensor], prefix: str, parts: Sequence[str], ledger: Ledger
 ) -> dict[str, Tensor]:
     """All of an encoder but its positions, the patch kernel unflattened; layer scales folded."""
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for name, value in local.items():
         targets = []
         if name.endswith(".attn.qkv.bias"):
             query, _, values = value.chunk(3)
             block = name.removesuffix("qkv.bias")
-            found |= {f"{block}q_bias": query, f"{block}v_bias": values}
+            weights |= {f"{block}q_bias": query, f"{block}v_bias": values}
             targets = [f"{block}q_bias", f"{block}v_bias"]
             ledger.leave(f"{prefix}{name} (its key third)", BLIND)
         elif scale := _SCALE.fullmatch(name):
@@ -218,16 +218,16 @@ def _weights(
             targets = [name]
         elif _PLAIN.fullmatch(name):
             targets = [name.replace("patch_embed.proj.", "patch_embed.")]
-            found[targets[0]] = value
+            weights[targets[0]] = value
         for target in targets:
             for part in parts:
                 ledger.use(prefix + name, f"{part}.{target}")
     for layer, gamma in scales.items():  # gamma (W x + b) = (gamma W) x + gamma b
         for kind in ("weight", "bias"):
-            value = _need(found, prefix, f"{layer}.{kind}").double()
+            value = _need(weights, prefix, f"{layer}.{kind}").double()
             gain = gamma.double().view(-1, *[1] * (value.dim() - 1))
-            found[f"{layer}.{kind}"] = (gain * value).float()
-    return found
+            weights[f"{layer}.{kind}"] = (gain * value).float()
+    return weights
 
 
 def _settings(

@@ -40,11 +40,11 @@ class ClipDataset(Dataset):
     def __getitem__(self, item: Any) -> dict[str, Any]:
         """Item ``(epoch, index)``; a plain index is of epoch 0."""
         epoch, index = item if isinstance(item, tuple) else (0, int(item))
-        words = np.random.SeedSequence([self.seed, epoch, index]).generate_state(64)
+        seeds = np.random.SeedSequence([self.seed, epoch, index]).generate_state(64)
         transforms = getattr(self.transform, "transforms", [self.transform])
         for position, transform in enumerate(transforms):
             if isinstance(transform, Randomizable):
-                transform.set_random_state(seed=int(words[position % 64]))
+                transform.set_random_state(seed=int(seeds[position % 64]))
         row = {"id": str(index), **self.data[index], "index": index}
         for transform in transforms:
             row = transform(row)
@@ -128,8 +128,8 @@ class EpochSampler(Sampler):
     def _whole_order(self) -> np.ndarray:
         order = torch.arange(self.length)
         if self.shuffle:
-            words = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+            seeds = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(seeds[0] >> np.uint64(1)))
             order = torch.randperm(self.length, generator=generator)
         return order.numpy()
 

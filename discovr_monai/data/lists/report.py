@@ -118,12 +118,12 @@ def _histograms(catalogue: Catalogue, pairs: int, across: int, path: Path) -> No
         (axes[0, 2], "ef", "ejection fraction (%)"),
     ):  # fmt: skip
         values = {n: [float(r[key]) for r in items if r.get(key)] for n, items in rows.items()}
-        known = [v for v in values.values() if v]
+        filled = [v for v in values.values() if v]
         axis.set_title(title, fontsize=10)
-        if not known:
+        if not filled:
             axis.text(0.5, 0.5, "not known", ha="center", transform=axis.transAxes)
             continue
-        bins = np.histogram_bin_edges(np.concatenate(known), 30)
+        bins = np.histogram_bin_edges(np.concatenate(filled), 30)
         for name, numbers in values.items():
             axis.hist(numbers, bins, histtype="step", label=name)
         axis.legend(fontsize=8)
