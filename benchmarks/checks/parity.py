@@ -38,17 +38,17 @@ def outputs(network: Discovr, inputs: dict, expected: dict) -> dict[str, torch.T
     """What we compute for each expected key."""
     clip, mask = inputs["clip"], inputs["global_mask"]
     frames = clip.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B * T, 3, 1, H, W)
-    masked = network.video_student(clip, mask)
-    video_teacher, image_teacher = network.video_teacher(clip), network.image_teacher(frames)
+    masked = network.video.student(clip, mask)
+    video_teacher, image_teacher = network.video.teacher(clip), network.image.teacher(frames)
     ours = {
-        "video_encoder_tokens": network.video_student(clip),
+        "video_encoder_tokens": network.video.student(clip),
         "video_encoder_tokens_masked": masked,
         "video_teacher_tokens": video_teacher,
-        "image_student_tokens": network.image_student(frames),
+        "image_student_tokens": network.image.student(frames),
         "image_teacher_tokens": image_teacher,
-        "video_teacher_head_logits": network.video_teacher_head(video_teacher[:, 0]),
-        "image_teacher_head_logits": network.image_teacher_head(image_teacher[:, 0]),
-        "video_decoder_tokens_raster": network.decoder(masked, mask),
+        "video_teacher_head_logits": network.video.teacher_head(video_teacher[:, 0]),
+        "image_teacher_head_logits": network.image.teacher_head(image_teacher[:, 0]),
+        "video_decoder_tokens_raster": network.video.decoder(masked, mask),
     }
     if "sinkhorn_scores" in expected:  # an input, stored beside what follows from it
         ours["sinkhorn_assignments"] = sinkhorn(expected["sinkhorn_scores"], 0.05, 10)

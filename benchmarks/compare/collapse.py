@@ -80,7 +80,7 @@ def features(network: torch.nn.Module, parser: ConfigParser, rows: list) -> dict
     prepare = parser.get_parsed_content("prepare_batch")
     loader = torch.utils.data.DataLoader(ClipDataset(rows, transform), batch_size=16)
     network.eval()
-    tokens = [network.video_teacher(prepare(batch)) for batch in loader]
+    tokens = [network.video.teacher(prepare(batch)) for batch in loader]
     return {
         "cls": torch.cat([t[:, 0] for t in tokens]).numpy(),
         "mean": torch.cat([t[:, 1:].mean(1) for t in tokens]).numpy(),

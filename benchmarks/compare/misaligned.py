@@ -11,25 +11,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discovr_monai.networks.discovr import Discovr, _standardise
+from discovr_monai.base.types import DiscovrOutput
+from discovr_monai.networks.discovr import Discovr
+from discovr_monai.networks.image_branch import ImageBranch
+from discovr_monai.networks.masking import boolean_mask
+from discovr_monai.networks.video_branch import VideoBranch
+
+
+class MisalignedImageBranch(ImageBranch):
+    """Its target are all frames' tokens, of which every ``every``-th is taken."""
+
+    every: int
+
+    def forward(self, clip: Tensor, masks: Tensor | None = None) -> DiscovrOutput:
+        """As the parent's."""
+        out = super().forward(clip, masks)
+        assert out.target_tokens is not None
+        out.target_tokens = out.target_tokens[:, :: self.every]  # (B, N, d)
+        return out
+
+    def target_tokens(self, clip: Tensor) -> Tensor:
+        """As the parent's."""
+        return super().target_tokens(clip)[:, :: self.every]
+
+
+class MisalignedVideoBranch(VideoBranch):
+    """Pairs the target's rows with the decoder's in [visible; masked] order."""
+
+    def forward(
+        self,
+        clip: Tensor,
+        masks: Tensor,
+        teacher_mask: Tensor | None = None,
+        target_tokens: Tensor | None = None,
+    ) -> DiscovrOutput:
+        """As the parent's."""
+        assert target_tokens is not None
+        hidden = boolean_mask(masks[-1], self.student.num_tokens)
+        order = torch.argsort(hidden.to(torch.uint8), dim=1, stable=True)  # (B, N)
+        place = order[..., None].expand_as(target_tokens)
+        paired = torch.empty_like(target_tokens).scatter_(1, place, target_tokens)
+        return super().forward(clip, masks, teacher_mask, paired)
 
 
 class MisalignedDiscovr(Discovr):
     """:class:`Discovr` with the slip of the public code."""
 
-    @property
-    def target_frames(self) -> list[int]:
-        """All frames: every second token is taken later."""
-        return list(range(self.video_student.clip_shape[1]))
-
-    def forward(self, clip: Tensor, video_masks: Tensor, *masks: Any, **others: Any) -> Any:
-        """As the parent's; remembers the order of the decoder's rows."""
-        self._order = torch.argsort(video_masks[-1].to(torch.uint8), dim=1, stable=True)  # (B, N)
-        return super().forward(clip, video_masks, *masks, **others)
-
-    def _cluster_target(self, clip: Tensor, tokens: Tensor | None) -> Tensor:
-        assert tokens is not None
-        rows = _standardise(tokens[:, :, 1:], -2).flatten(1, 2)  # (B, T n, d)
-        rows = rows[:, :: self.video_student.tubelet_size]  # (B, N, d)
-        place = self._order[..., None].expand_as(rows)
-        return torch.empty_like(rows).scatter_(1, place, rows)
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        assert self.image is not None
+        student = self.video.student
+        self.video.__class__ = MisalignedVideoBranch
+        self.image.__class__ = MisalignedImageBranch
+        self.image.every = student.tubelet_size  # type: ignore[assignment]
+        self.image.target_frames = list(range(student.clip_shape[1]))

@@ -42,10 +42,10 @@ def main() -> None:
     image = parser.get_parsed_content("validate::preprocessing")(row)["image"]
     clip = parser.get_parsed_content("prepare_batch")({"image": image[None]})
     grey = image[0].numpy()  # (T, H, W)
-    grid, (frames, side) = network.video_student.grid, grey.shape[:2]
-    colours = token_maps(pca_colours(network.video_teacher(clip)[0, 1:]), grid, frames, side)
+    grid, (frames, side) = network.video.student.grid, grey.shape[:2]
+    colours = token_maps(pca_colours(network.video.teacher(clip)[0, 1:]), grid, frames, side)
     nearest = cluster_map(network, clip)[0].numpy()
-    clusters = token_maps(palette(len(network.prototypes))[nearest], grid, frames, side)
+    clusters = token_maps(palette(len(network.video.prototypes))[nearest], grid, frames, side)
     rows = {
         "input frames": grey,
         "video teacher:\nPCA of tokens": blend(grey, colours, 0.6),

@@ -98,14 +98,17 @@ def step(
         iterations: Sinkhorn's.
         teacher_tokens: of a clip, that the video teacher sees; None for all.
     """
-    video, image = network.video_student, network.image_student
-    assert image is not None and network.decoder is not None and network.prototypes is not None
-    assert network.video_head is not None and network.image_head is not None
+    video_branch, image_branch = network.video, network.image
+    assert image_branch is not None and image_branch.head is not None
+    assert video_branch.decoder is not None and video_branch.prototypes is not None
+    assert video_branch.head is not None
+    video, image = video_branch.student, image_branch.student
     t, h, w = video.grid
     places = h * w - int(ratio * h * w)  # visible, of a frame
-    students, teachers = clips * len(network.student_frames), clips * len(network.teacher_frames)
-    cls_frames = teachers - clips * len(network.target_frames)
-    prototypes, width = network.prototypes.shape
+    students = clips * len(image_branch.student_frames)
+    teachers = clips * len(image_branch.teacher_frames)
+    cls_frames = teachers - clips * len(image_branch.target_frames)
+    prototypes, width = video_branch.prototypes.shape
     tokens = clips * video.num_tokens
     seen = video.num_tokens if teacher_tokens is None else teacher_tokens
     return {
@@ -117,11 +120,11 @@ def step(
         "video students": encoder(
             video, (views + 1) * clips, t * places, train=True, cls_only=views * clips
         ),
-        "decoder": decoder(network.decoder, clips, t * places, video.num_tokens),
-        "heads": head(network.video_head, views * clips, train=True)
-        + head(network.video_head, clips, train=False)
-        + head(network.image_head, views * students, train=True)
-        + head(network.image_head, students, train=False),
+        "decoder": decoder(video_branch.decoder, clips, t * places, video.num_tokens),
+        "heads": head(video_branch.head, views * clips, train=True)
+        + head(video_branch.head, clips, train=False)
+        + head(image_branch.head, views * students, train=True)
+        + head(image_branch.head, students, train=False),
         "prototypes": product(tokens, width, prototypes, gradients=2)
         + product(tokens, width, prototypes, gradients=1),  # z_i takes no gradient
         "Sinkhorn": 2 * 4.0 * tokens * prototypes * iterations,  # both sides

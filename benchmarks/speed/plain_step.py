@@ -8,11 +8,11 @@ It differs from :class:`Discovr` and its trainer in these points only:
 4. the image teacher runs twice: once for its own loss, once for the cluster distillation;
 5. teachers are averaged and parameters optimised one tensor at a time (foreach and fused off);
 6. the last block of an encoder computes every token, also where nothing but CLS is read;
-7. what backward needs is what autograd keeps, to the end of the forward;
-8. biases and residuals are added as torch's own layers and sums do it.
+7. both branches run forward before one backward pass takes all gradients.
 
-Norms, MLPs, GELU, heads, decoder's order, losses, Sinkhorn, masks, precision and trainer are the
-very same operations and parameters, so both must give the same loss and the same gradients.
+Norms, MLPs, GELU, heads, decoder's order, losses, Sinkhorn, masks, precision and the rest of the
+trainer are the very same operations and parameters, so both must give the same loss and the same
+gradients.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from discovr_monai.base.types import DiscovrOutput
-from discovr_monai.networks.discovr import Discovr, _frames
-from discovr_monai.networks.heads import Decoder
-from discovr_monai.networks.masking import visible_indices
+from discovr_monai.networks.discovr import Discovr
+from discovr_monai.networks.heads import Decoder, standardise
+from discovr_monai.networks.image_branch import frames_of
+from discovr_monai.networks.masking import boolean_mask, visible_indices
 from discovr_monai.networks.vit import Attention, Block, VisionTransformer
+from discovr_monai.training.trainer import DiscovrTrainer
 
 
 def plain_attention(attention: Attention, x: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def plain_encoder(encoder: VisionTransformer, clip: Tensor, mask: Tensor | None 
 
     Args:
         clip: (B, 3, T, H, W).
-        mask: (B, N) bool, True = masked.
+        mask: (B, n), positions of its visible tokens.
 
     Returns:
         (B, 1 + n, d): CLS and the visible tokens (all without a mask).
@@ -68,9 +70,9 @@ def plain_encoder(encoder: VisionTransformer, clip: Tensor, mask: Tensor | None 
 
 
 def plain_decoder(decoder: Decoder, tokens: Tensor, mask: Tensor) -> Tensor:
-    """(B, 1 + n, d_v) and (B, N) -> (B, N, out), raster order."""
+    """(B, 1 + n, d_v) and the visible tokens' positions (B, n) -> (B, N, out), raster order."""
     visible = decoder.embed(tokens[:, 1:])  # (B, n, d)
-    x = decoder.mask_token.to(visible.dtype).expand(*mask.shape, -1)
+    x = decoder.mask_token.to(visible.dtype).expand(len(mask), decoder.pos_embed.shape[1], -1)
     keep = visible_indices(mask)[..., None].expand_as(visible)
     x = x.scatter(1, keep, visible) + decoder.pos_embed  # (B, N, d)
     for block in decoder.blocks:
@@ -87,43 +89,49 @@ class PlainDiscovr(Discovr):
         video_masks: Tensor,
         image_masks: Tensor | None = None,
         teacher_mask: Tensor | None = None,
-        image_loss: object = None,
     ) -> DiscovrOutput:
-        """As :meth:`Discovr.forward`; the image branch's backward comes with all others."""
-        image, image_teacher, decoder = self.image_student, self.image_teacher, self.decoder
-        assert image is not None and image_teacher is not None and decoder is not None
-        assert image_masks is not None and self.prototypes is not None
-        assert self.video_head is not None and self.video_teacher_head is not None
-        assert self.image_head is not None and self.image_teacher_head is not None
-        out = DiscovrOutput(global_mask=video_masks[-1])
-        frames = _frames(clip, self.student_frames)  # (B * F, 3, 1, H, W)
+        """As :meth:`Discovr.forward`."""
+        assert image_masks is not None
+        image = self._plain_image(clip, image_masks)
+        return image.joined(self._plain_video(clip, video_masks, teacher_mask, image.target_tokens))
 
+    def _plain_image(self, clip: Tensor, masks: Tensor) -> DiscovrOutput:
+        branch, out = self.image, DiscovrOutput()
+        assert branch is not None and branch.centre is not None
+        assert branch.head is not None and branch.teacher_head is not None
+        frames = frames_of(clip, branch.student_frames)  # (B * F, 3, 1, H, W)
         with torch.no_grad():
-            teacher_cls = plain_encoder(self.video_teacher, clip, teacher_mask)[:, 0]  # (B, d)
-            out.video_teacher_logits = self.video_teacher_head(teacher_cls)
-        views = [plain_encoder(self.video_student, clip, mask) for mask in video_masks]
-        student_cls = torch.stack([view[:, 0] for view in views[:-1]])  # (V, B, d)
-        out.video_logits = self.video_head(student_cls)
-        out.video_cls = torch.cat((student_cls, teacher_cls[None]))
-        out.video_centre = self.video_centre
-
-        with torch.no_grad():
-            teacher_cls = plain_encoder(image_teacher, frames)[:, 0]  # (B * F, d)
-            out.image_teacher_logits = self.image_teacher_head(teacher_cls)
-        image_views = [plain_encoder(image, frames, mask) for mask in image_masks]
-        student_cls = torch.stack([view[:, 0] for view in image_views])  # (V, B * F, d)
-        out.image_logits = self.image_head(student_cls)
+            teacher_cls = plain_encoder(branch.teacher, frames)[:, 0]  # (B * F, d)
+            out.image_teacher_logits = branch.teacher_head(teacher_cls)
+            again = plain_encoder(branch.teacher, frames_of(clip, branch.teacher_frames))
+            tokens = again.unflatten(0, (len(clip), -1))  # (B, F_t, 1 + n, d)
+            rows = [branch.teacher_frames.index(f) for f in branch.target_frames]
+            out.target_tokens = standardise(tokens[:, rows, 1:], -2).flatten(1, 2)  # (B, N, d)
+        views = [plain_encoder(branch.student, frames, mask) for mask in masks]
+        student_cls = torch.stack([view[:, 0] for view in views])  # (V, B * F, d)
+        out.image_logits = branch.head(student_cls)
         out.image_cls = torch.cat((student_cls, teacher_cls[None]))
-        out.image_centre = self.image_centre
+        out.image_centre = branch.centre.mean
+        return out
 
+    def _plain_video(
+        self, clip: Tensor, masks: Tensor, teacher_mask: Tensor | None, z_i: Tensor | None
+    ) -> DiscovrOutput:
+        branch, out = self.video, DiscovrOutput()
+        assert branch.centre is not None and branch.decoder is not None and z_i is not None
+        assert branch.head is not None and branch.teacher_head is not None
+        assert branch.prototypes is not None
         with torch.no_grad():
-            again = _frames(clip, self.teacher_frames)
-            tokens = plain_encoder(image_teacher, again)  # (B * F_t, 1 + n, d)
-            tokens = tokens.unflatten(0, (len(clip), len(self.teacher_frames)))
-            tokens = tokens[:, [self.teacher_frames.index(f) for f in self.target_frames]]
-        z_v = plain_decoder(decoder, views[-1], video_masks[-1])  # (B, N, d)
-        z_i = self._cluster_target(clip, tokens)  # (B, N, d)
-        prototypes = F.normalize(self.prototypes, dim=-1)  # (K, d)
+            teacher_cls = plain_encoder(branch.teacher, clip, teacher_mask)[:, 0]  # (B, d)
+            out.video_teacher_logits = branch.teacher_head(teacher_cls)
+        views = [plain_encoder(branch.student, clip, mask) for mask in masks]
+        student_cls = torch.stack([view[:, 0] for view in views[:-1]])  # (V, B, d)
+        out.video_logits = branch.head(student_cls)
+        out.video_cls = torch.cat((student_cls, teacher_cls[None]))
+        out.video_centre = branch.centre.mean
+        out.global_mask = boolean_mask(masks[-1], branch.student.num_tokens)
+        z_v = plain_decoder(branch.decoder, views[-1], masks[-1])  # (B, N, d)
+        prototypes = F.normalize(branch.prototypes, dim=-1)  # (K, d)
         out.video_scores = F.normalize(z_v, dim=-1) @ prototypes.T  # (B, N, K)
         out.target_scores = F.normalize(z_i, dim=-1) @ prototypes.T
         return out
@@ -136,22 +144,33 @@ class PlainDiscovr(Discovr):
         image_logits: Tensor | None = None,
     ) -> None:
         """As :meth:`Discovr.update_teachers`, one tensor at a time."""
-        for teacher, student in (
-            (self.video_teacher, self.video_student),
-            (self.video_teacher_head, self.video_head),
-            (self.image_teacher, self.image_student),
-            (self.image_teacher_head, self.image_head),
-        ):
-            assert isinstance(teacher, nn.Module) and isinstance(student, nn.Module)
-            for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-                t.lerp_(s, 1.0 - momentum)
-        for centre, logits in (
-            (self.video_centre, video_logits),
-            (self.image_centre, image_logits),
-        ):
-            assert centre is not None and logits is not None
-            mean = logits.to(centre.dtype).mean(0, keepdim=True)  # (1, K)
-            centre.lerp_(mean, 1 - self.centre_momentum)
+        for branch, logits in ((self.video, video_logits), (self.image, image_logits)):
+            assert branch is not None and branch.centre is not None and logits is not None
+            for teacher, student in (
+                (branch.teacher, branch.student),
+                (branch.teacher_head, branch.head),
+            ):
+                assert isinstance(teacher, nn.Module) and isinstance(student, nn.Module)
+                for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+                    t.lerp_(s, 1.0 - momentum)
+            branch.centre.update(logits)
+
+
+class PlainTrainer(DiscovrTrainer):
+    """Waits with the image branch until the video branch's turn, then takes one backward."""
+
+    def _forward(self, branch: str, clip: Tensor, *inputs: Tensor | None) -> DiscovrOutput:
+        if branch == "image":
+            (self._image_masks,) = inputs
+            return DiscovrOutput()
+        video_masks, teacher_mask, _ = inputs
+        with self._autocast(clip):
+            return self.network(clip, video_masks, self._image_masks, teacher_mask)
+
+    def _backward(
+        self, output: DiscovrOutput, step: int, group: int, branch: str | None
+    ) -> dict[str, Tensor]:
+        return {} if branch == "image" else super()._backward(output, step, group, None)  # type: ignore[arg-type]
 
 
 def unfuse(optimizer: torch.optim.Optimizer) -> None:

@@ -133,7 +133,7 @@ def saved(network: Discovr) -> int:
 
 def scores(parser: ConfigParser, network: Discovr, clips: int) -> int:
     """Bytes of so many clips' scores, one side, as Sinkhorn holds them."""
-    return FLOAT * clips * network.video_student.num_tokens * parser["num_prototypes"]
+    return FLOAT * clips * network.video.student.num_tokens * parser["num_prototypes"]
 
 
 def growth(
@@ -158,7 +158,7 @@ def growth(
         ],
         "clips read per second": [f"{n:,.0f}" for n in rate],
         "pixels read per second": [
-            amount(n * math.prod(network.video_student.clip_shape[1:])) for n in rate
+            amount(n * math.prod(network.video.student.clip_shape[1:])) for n in rate
         ],
         "loading processes per GPU": [f"{per_gpu / LOADED:.1f}" for _ in gpus],
         "Sinkhorn's matrix of a side, ours": [amount(scores(parser, network, batch)) for _ in gpus],

@@ -147,11 +147,11 @@ def trained(network: nn.Module) -> int:
 
 def collectives(parser: ConfigParser, network: Discovr) -> list[Collective]:
     """Every exchange of one step, in its order."""
-    heads = [h for h in (network.video_head, network.image_head) if h is not None]
+    heads = [b.head for b in (network.video, network.image) if b is not None and b.head is not None]
     in_backward = []
     if parser["video_head_def#norm"] == "batch":
         # students' moments have a gradient, teachers' have none
-        moments = 2 * FLOAT * network.video_student.embed_dim
+        moments = 2 * FLOAT * network.video.student.embed_dim
         in_backward.append(Collective("moments of the heads' batch norm", 3 * len(heads), moments))
     sinkhorns = [(2, parser["num_prototypes"], parser["loss#terms#cluster#iterations"])]
     if parser["loss#terms#video#centring"] == "sinkhorn":

@@ -65,9 +65,9 @@ def run_plain(out: str, config: str, changed: str) -> None:
     masks = masking(
         0,
         range(len(clip)),
-        video_grid=network.video_student.grid,
-        image_grid=network.image_student.grid,
-        frames=len(network.student_frames),
+        video_grid=network.video.student.grid,
+        image_grid=network.image.student.grid,
+        frames=len(network.image.student_frames),
         device=device,
     )
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):

@@ -13,8 +13,10 @@ from step_setup import Batch, now
 from torch import Tensor, nn
 
 from discovr_monai.losses.clustering import ClusterDistillation
-from discovr_monai.networks.discovr import Discovr, _frames
-from discovr_monai.training.trainer import PRECISIONS, DiscovrTrainer, unwrap
+from discovr_monai.networks.discovr import Discovr
+from discovr_monai.networks.image_branch import frames_of
+from discovr_monai.networks.masking import StepMasks
+from discovr_monai.training.trainer import PRECISIONS, DiscovrTrainer
 
 Part = Callable[[], object]
 GEMMS = ((2048, 2048, 2048), (4096, 4096, 4096), (6144, 768, 3072), (8192, 1024, 1024))
@@ -43,7 +45,7 @@ def parts(trainer: DiscovrTrainer, batch: Batch) -> dict[str, Part]:
     Each part gets the output of the part before it, so it works on the step's own shapes, types
     and values. As in the step, gradients are None before backward.
     """
-    network = unwrap(trainer.network)
+    network = trainer.network
     clip, masks = _data(trainer, batch)
     dtype = PRECISIONS[trainer.precision]
 
@@ -52,63 +54,47 @@ def parts(trainer: DiscovrTrainer, batch: Batch) -> dict[str, Part]:
 
     with cast(), torch.no_grad():
         out = network(clip, *masks)
-        _, views = network.video_student.encode(clip, masks[0], whole=1)
-        assert network.image_teacher is not None
-        tokens = network.image_teacher(_frames(clip, network.target_frames))
-        tokens = tokens.unflatten(0, (len(clip), -1))
+        assert out.target_tokens is not None
+        _, views = network.video.student.encode(clip, masks.video, whole=1)
     return {
         "data": lambda: _data(trainer, batch),
         **_encoders(network, clip, masks, cast),
-        "decoder": _decoder(network, views[-1], masks[0][-1], cast),
+        "decoder": _decoder(network, views[-1], masks.video[-1], cast),
         "heads": _heads(network, out, cast),
-        "prototypes": _prototypes(network, clip, views[-1], masks[0][-1], tokens, cast),
+        "prototypes": _prototypes(network, views[-1], masks.video[-1], out.target_tokens, cast),
         **_losses(trainer, out),
         **_updates(trainer, network, out),
     }
 
 
-def _data(
-    trainer: DiscovrTrainer, batch: Batch
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+def _data(trainer: DiscovrTrainer, batch: Batch) -> tuple[Tensor, StepMasks]:
     clip = trainer.prepare_batch(batch, trainer.state.device, False)
-    network = unwrap(trainer.network)
-    assert network.image_student is not None
-    video, image, teacher = trainer.masking(
-        0,
-        range(len(clip)),
-        video_grid=network.video_student.grid,
-        image_grid=network.image_student.grid,
-        frames=len(network.student_frames),
-        device=clip.device,
-    )
-    assert image is not None
-    return clip, (video, image, teacher)
+    return clip, trainer._masks(0, clip, 0)
 
 
-def _encoders(network: Discovr, clip: Tensor, masks: tuple, cast: Any) -> dict[str, Part]:
-    video, image, teacher = network.video_student, network.image_student, network.image_teacher
-    assert image is not None and teacher is not None
+def _encoders(network: Discovr, clip: Tensor, masks: StepMasks, cast: Any) -> dict[str, Part]:
+    branch, video = network.image, network.video.student
+    assert branch is not None
+    image = branch.student
 
     def image_teacher() -> None:
-        with cast(), torch.no_grad():
-            teacher.encode(
-                _frames(clip, network.teacher_frames), whole=len(clip) * len(network.target_frames)
-            )
+        with cast():
+            branch._teach(clip)
 
     def image_students() -> None:
         image.zero_grad(set_to_none=True)
         with cast():
-            cls, _ = image.encode(_frames(clip, network.student_frames), masks[1])
+            cls, _ = image.encode(frames_of(clip, branch.student_frames), masks.image)
         cls.backward(torch.ones_like(cls))
 
     def video_teacher() -> None:
         with cast(), torch.no_grad():
-            network.video_teacher.encode(clip, masks[2])
+            network.video.teacher.encode(clip, masks.teacher)
 
     def video_students() -> None:
         video.zero_grad(set_to_none=True)
         with cast():
-            cls, tokens = video.encode(clip, masks[0], whole=1)
+            cls, tokens = video.encode(clip, masks.video, whole=1)
         ends = [cls[:-1], tokens]
         torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
 
@@ -121,7 +107,7 @@ def _encoders(network: Discovr, clip: Tensor, masks: tuple, cast: Any) -> dict[s
 
 
 def _decoder(network: Discovr, view: Tensor, mask: Tensor, cast: Any) -> Part:
-    part = network.decoder
+    part = network.video.decoder
     assert part is not None
 
     def run() -> None:
@@ -134,10 +120,12 @@ def _decoder(network: Discovr, view: Tensor, mask: Tensor, cast: Any) -> Part:
 
 
 def _heads(network: Discovr, out: Any, cast: Any) -> Part:
+    assert network.image is not None
+
     def run() -> None:
         for student, teacher, cls in (
-            (network.video_head, network.video_teacher_head, out.video_cls),
-            (network.image_head, network.image_teacher_head, out.image_cls),
+            (network.video.head, network.video.teacher_head, out.video_cls),
+            (network.image.head, network.image.teacher_head, out.image_cls),
         ):
             student.zero_grad(set_to_none=True)
             with cast(), torch.no_grad():
@@ -149,20 +137,17 @@ def _heads(network: Discovr, out: Any, cast: Any) -> Part:
     return run
 
 
-def _prototypes(
-    network: Discovr, clip: Tensor, view: Tensor, mask: Tensor, tokens: Tensor, cast: Any
-) -> Part:
-    assert network.decoder is not None and network.prototypes is not None
+def _prototypes(network: Discovr, view: Tensor, mask: Tensor, z_i: Tensor, cast: Any) -> Part:
+    assert network.video.decoder is not None and network.video.prototypes is not None
     with cast(), torch.no_grad():
-        ready = network.decoder(view, mask)
+        ready = network.video.decoder(view, mask)
 
     def run() -> None:
-        assert network.prototypes is not None
-        network.prototypes.grad = None
+        assert network.video.prototypes is not None
+        network.video.prototypes.grad = None
         with cast():
             z_v = ready.detach().requires_grad_()
-            z_i = network._cluster_target(clip, tokens)
-            prototypes = nn.functional.normalize(network.prototypes, dim=-1)
+            prototypes = nn.functional.normalize(network.video.prototypes, dim=-1)
             scores = [nn.functional.normalize(z, dim=-1) @ prototypes.T for z in (z_v, z_i)]
         torch.autograd.backward(scores, [torch.ones_like(s) for s in scores])
 

@@ -52,7 +52,7 @@ def build(
         device, precision: as in the config.
         settings: other keys of the config.
     """
-    from plain_step import PlainDiscovr, unfuse
+    from plain_step import PlainDiscovr, PlainTrainer, unfuse
 
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / "train.yaml"), str(CONFIGS / f"{SIZES[size]}.yaml")])
@@ -74,7 +74,7 @@ def build(
     optimizer = parser.get_parsed_content("optimizer")
     if plain:
         unfuse(optimizer)
-    trainer = DiscovrTrainer(
+    trainer = (PlainTrainer if plain else DiscovrTrainer)(
         device=torch.device(device),
         max_epochs=1,
         train_data_loader=[data],

@@ -49,13 +49,12 @@ def pair(dtype=torch.float32, seed=0, **options):
 
 
 def forward_and_backward(trainer, batch, number):
-    """Loss and terms of one pass under the masks of a step."""
-    trainer.network.train().zero_grad(set_to_none=True)
-    clip = trainer.prepare_batch(batch, trainer.state.device, False)
-    output = trainer._forward(trainer.network, clip, number, 0)
-    losses = trainer.loss_function(output, number)
-    losses["loss"].backward()
-    return {name: float(value.detach()) for name, value in losses.items()}
+    """Loss and terms of one iteration under the masks of a step, which updates nothing."""
+    trainer.state.iteration, trainer.gradient_clip = number + 1, None
+    trainer.lr, trainer.teacher_momentum = (lambda step: 1e-3), (lambda step: 0.9)
+    still = mock.patch.object(trainer.network, "update_teachers")
+    with still, mock.patch.object(trainer.optimizer, "step"):
+        return trainer._iteration(trainer, batch)[0]
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -85,8 +84,8 @@ def test_the_comparison_sees_one_wrong_scale_and_one_missing_gradient():
     with mock.patch.object(plain_step, "plain_attention", wrong):
         forward_and_backward(plain, batch, 0)
     assert max(difference(ours, plain).values()) > 1e-8
-    plain.network.video_student.cls_token.grad = None
-    assert difference(plain, ours)["video_student.cls_token"] == float("inf")
+    plain.network.video.student.cls_token.grad = None
+    assert difference(plain, ours)["video.student.cls_token"] == float("inf")
 
 
 def test_whole_steps_leave_the_same_students_teachers_and_centres():
@@ -108,18 +107,18 @@ def test_plain_is_plain():
     """Views one by one, all tokens embedded, the image teacher twice, no fused attention."""
     _, plain, batch = pair()
     network, seen = plain.network, {}
-    for name in ("video_student", "video_teacher", "image_student", "image_teacher"):
-        embed = getattr(network, name).patch_embed
+    for name in ("video.student", "video.teacher", "image.student", "image.teacher"):
+        embed = network.get_submodule(name).patch_embed
         shapes = seen.setdefault(name, [])
         embed.register_forward_hook(lambda _, x, y, shapes=shapes: shapes.append(y.shape[:2]))
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", side_effect=AssertionError):
         forward_and_backward(plain, batch, 0)
-    tokens = network.video_student.num_tokens
-    frames = 2 * network.video_student.clip_shape[1]
-    assert seen["video_student"] == [(2, tokens)] * 5
-    assert seen["video_teacher"] == [(2, tokens)]
-    assert seen["image_student"] == [(frames, network.image_student.num_tokens)] * 4
-    assert seen["image_teacher"] == [(frames, network.image_student.num_tokens)] * 2
+    tokens = network.video.student.num_tokens
+    frames = 2 * network.video.student.clip_shape[1]
+    assert seen["video.student"] == [(2, tokens)] * 5
+    assert seen["video.teacher"] == [(2, tokens)]
+    assert seen["image.student"] == [(frames, network.image.student.num_tokens)] * 4
+    assert seen["image.teacher"] == [(frames, network.image.student.num_tokens)] * 2
     flags = {(group["foreach"], group["fused"]) for group in plain.optimizer.param_groups}
     assert flags == {(False, False)}
 
@@ -161,12 +160,16 @@ def test_recomputation_repeats_the_blocks_that_train_and_is_not_counted_as_neede
     assert parts == needed(build("S", quick=True)[0])
     forward = 0.0
     for block in (m for m in network.modules() if isinstance(m, Block) and m.recompute):
-        block.register_forward_pre_hook(lambda _, x, block=block: seen.append((block, *x)))
+        block.register_forward_pre_hook(
+            lambda block, x, options: seen.append((block, *x, options.get("cls_only", False))),
+            with_kwargs=True,
+        )
     seen: list = []
     found = operations.counted(lambda: step(trainer, batch))
     last = 0.0
-    for block, x, *cls_only in seen:
-        (sequences, tokens, width), cls = x.shape, cls_only[0] if cls_only else 0
+    for block, x, cls_only in seen:
+        sequences, tokens, width = x.shape
+        cls = sequences if cls_only else 0
         forward += operations.blocks([block], sequences, tokens, train=False, cls_only=cls)
         rows = sequences * tokens - cls * (tokens - 1)
         last += 2.0 * rows * width * block.mlp.fc1.out_features
@@ -180,10 +183,10 @@ def test_plain_does_only_the_named_work_more():
     parts = needed(ours)
     extra = 0.0
     for name, sequences, views in (
-        ("video_student", 2, 5), ("image_student", 16, 4), ("video_teacher", 2, 1),
-        ("image_teacher", 16, 2),
+        ("video.student", 2, 5), ("image.student", 16, 4), ("video.teacher", 2, 1),
+        ("image.teacher", 16, 2),
     ):  # fmt: skip
-        encoder, student = getattr(ours.network, name), name.endswith("student")
+        encoder, student = ours.network.get_submodule(name), name.endswith("student")
         grid = encoder.grid[1] * encoder.grid[2]
         hidden = int(0.75 * grid) if student else 0
         if student:
@@ -191,7 +194,7 @@ def test_plain_does_only_the_named_work_more():
             extra += 2 * 2.0 * masked * encoder.patch_embed.in_features * encoder.embed_dim
         visible = encoder.grid[0] * (grid - hidden)
         whole = operations.encoder(encoder, views * sequences, visible, train=student)
-        extra += whole - parts[name.replace("student", "students").replace("_", " ")]
+        extra += whole - parts[name.replace("student", "students").replace(".", " ")]
     seen = operations.counted(lambda: step(plain, batch))
     assert seen == pytest.approx(sum(parts.values()) + extra, rel=1e-6)
 

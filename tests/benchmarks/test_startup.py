@@ -100,7 +100,12 @@ print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - b
 """
     changed = SMALL | {"dataset_dir": str(listed), "output_dir": str(tmp_path / "out")}
     packages = json.loads(run(code, json.dumps(changed | {"mlflow": False}), cwd=BUNDLE))
-    assert set(packages) - sys.stdlib_module_names <= {"discovr_monai", "pebble", "safetensors", "torch"}
+    assert set(packages) - sys.stdlib_module_names <= {
+        "discovr_monai",
+        "pebble",
+        "safetensors",
+        "torch",
+    }
     assert "discovr_monai" in packages
 
 

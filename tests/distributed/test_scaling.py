@@ -264,13 +264,7 @@ def test_a_checkpoint_and_scores_take_what_is_counted(tmp_path):
     )
     expected = scaling.saved(network) + buffers
     assert expected < checkpoints.last.stat().st_size < 1.2 * expected
-    seen = []
-    real = clustering.Assignments.__init__
-
-    def spy(self, rows, *args, **options):
-        seen.append(rows.numel() * 4)
-        real(self, rows, *args, **options)
-
-    with mock.patch.object(clustering.Assignments, "__init__", spy):
+    with mock.patch.object(clustering, "sinkhorn", wraps=clustering.sinkhorn) as balanced:
         step(trainer, batch)
-    assert seen == 2 * [scaling.scores(parser, network, len(batch["image"]))]
+    sides = [4 * call.args[0].numel() for call in balanced.call_args_list]
+    assert sides == 2 * [scaling.scores(parser, network, len(batch["image"]))]
