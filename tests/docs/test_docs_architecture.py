@@ -89,3 +89,18 @@ def test_names_in_files():
 def test_every_room_is_a_folder_or_a_file(room):
     path = PACKAGE / room.replace(".", "/")
     assert path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def test_the_drawing_has_what_is_imported_further_down():
+    (drawing,) = re.findall(r"```text\n(.*?)```", PAGE, re.S)
+    level = {
+        word: number
+        for number, line in enumerate(drawing.splitlines())
+        for word in re.findall(r"(?:^|  )([a-z]+)(?=  )", line)
+    }
+    rooms = {room.partition(".")[0] for room in ALLOWED} - {"configuration"}
+    assert rooms <= set(level)
+    for room, below in ALLOWED.items():
+        mine = room.partition(".")[0]
+        for other in {name.partition(".")[0] for name in below} - {mine, "configuration"}:
+            assert mine == "configuration" or level[mine] < level[other], f"{mine} above {other}"
