@@ -95,8 +95,8 @@ class Progress:
 
     Args:
         summary: what is trained on ("225 clips, 0.1 h, 110 patients").
-        model: what is trained, in a few words.
-        next_steps: lines printed at the end: where things are, what to type next.
+        model: short description of what is trained.
+        next_steps: lines printed at the end: where the outputs are, which command comes next.
         every: seconds between lines where the output is no terminal.
     """
 
@@ -155,7 +155,7 @@ class Progress:
 
 
 class CollapseWatch:
-    """Warns in words when a teacher no longer tells samples apart.
+    """Warns when a teacher no longer tells samples apart.
 
     Args:
         min_information: a teacher below so many nats counts as collapsed (see ``diagnose``).

@@ -57,7 +57,7 @@ _ALLOWED: list[Any] = [
 
 @dataclass
 class Foreign:
-    """A file's tensors, what is beside them and why it is not taken, and heads that it tells."""
+    """A file's tensors, what lies beside them and why it is not taken, and recorded heads."""
 
     tensors: dict[str, Tensor]
     aside: dict[str, str] = field(default_factory=dict)

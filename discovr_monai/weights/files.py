@@ -266,14 +266,14 @@ def load_strict(network: torch.nn.Module, state: Mapping[str, Tensor], source: s
     load_whole(network, dict(state))
 
 
-def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """How names and shapes of a state differ from a network's own, "" where they do not."""
-    missing = sorted(set(own) - set(state))
-    unknown = sorted(set(state) - set(own))
+def differences(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """How names and shapes of a state differ from a network's, "" where they do not."""
+    missing = sorted(set(expected) - set(state))
+    unknown = sorted(set(state) - set(expected))
     shapes = [
-        f"{k} is {tuple(state[k].shape)}, the network has {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
+        f"{k} is {tuple(state[k].shape)}, the network has {tuple(expected[k].shape)}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
     ]
     counts = [
         *(f"{len(shapes)} of another shape ({shapes[0]})" for _ in shapes[:1]),

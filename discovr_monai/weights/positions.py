@@ -80,8 +80,8 @@ def image_side(local: Mapping[str, Tensor], prefix: str) -> int:
 def image_size(local: Mapping[str, Tensor], prefix: str, wanted: Wanted) -> Size:
     """Of an image encoder: one frame."""
     side = image_side(local, prefix)
-    own = side * local["patch_embed.proj.weight"].shape[-1]
-    return Size(wanted.image_size or own, 1, (1, side, side))
+    pixels = side * local["patch_embed.proj.weight"].shape[-1]
+    return Size(wanted.image_size or pixels, 1, (1, side, side))
 
 
 def video_size(
@@ -94,31 +94,32 @@ def video_size(
     """Of a video encoder, whose token count alone does not tell frame size from frames.
 
     Args:
-        side: patches per side that an image branch tells.
+        side: patches per side of the image branch, where the file has one.
         default: (image_size, num_frames) of the layout's published files.
 
     Raises:
-        ValueError: if it cannot be told, saying which options tell it.
+        ValueError: if the file does not determine it, naming the options that do.
     """
     _, _, tubelet, patch, _ = local["patch_embed.proj.weight"].shape
     table = local.get("pos_embed")
-    own, tokens = default, "no"
+    file_size, tokens = default, "no"
     if table is not None:
         count = table.shape[1] - int("cls_token" in local)
-        own, tokens = _own_size(count, patch, tubelet, side, wanted, default), str(count)
-    image_size, num_frames = own or (None, None)
+        file_size, tokens = _file_size(count, patch, tubelet, side, wanted, default), str(count)
+    image_size, num_frames = file_size or (None, None)
     image_size, num_frames = wanted.image_size or image_size, wanted.num_frames or num_frames
     if image_size is None or num_frames is None:
         raise ValueError(
             f"{prefix}pos_embed has {tokens} tokens, which does not tell the frame size from the "
             "number of frames: give --image-size and --num-frames"
         )
-    if own is None or table is None:
+    if file_size is None or table is None:
         return Size(image_size, num_frames, None)
-    return Size(image_size, num_frames, (own[1] // tubelet, own[0] // patch, own[0] // patch))
+    side = file_size[0] // patch
+    return Size(image_size, num_frames, (file_size[1] // tubelet, side, side))
 
 
-def _own_size(
+def _file_size(
     tokens: int,
     patch: int,
     tubelet: int,
@@ -126,7 +127,7 @@ def _own_size(
     wanted: Wanted,
     default: tuple[int, int] | None,
 ) -> tuple[int, int] | None:
-    """(image_size, num_frames) of the file itself, None where nothing tells."""
+    """(image_size, num_frames) of the file itself, None where it cannot be derived."""
     if side is not None:
         if tokens % side**2:
             raise ValueError(
@@ -152,13 +153,13 @@ def position_table(
     local: Mapping[str, Tensor],
     prefix: str,
     settings: Mapping[str, Any],
-    own: Grid | None,
+    old: Grid | None,
     ledger: Ledger,
 ) -> Tensor:
     """(1, [1 +] N, d) for an encoder of these settings; the CLS token's slot as in the file.
 
     Raises:
-        ValueError: for a learned table of a grid that is not known.
+        ValueError: for a learned table on an unknown grid.
     """
     side = settings["image_size"] // settings["patch_size"]
     new = (settings["num_frames"] // settings["tubelet_size"], side, side)
@@ -170,55 +171,55 @@ def position_table(
     table = local["pos_embed"]
     if table.dim() != 3 or table.shape[0] != 1 or table.shape[2] != dim:
         raise ValueError(f"{prefix}pos_embed is {tuple(table.shape)}, not (1, tokens, {dim})")
-    count = table.shape[1] if own is None else math.prod(own)
-    if own is None and settings["cls_token"]:
+    count = table.shape[1] if old is None else math.prod(old)
+    if old is None and settings["cls_token"]:
         count -= 1
     slot, rows = table[0, : table.shape[1] - count], table[0, table.shape[1] - count :]
     if settings["cls_token"] and not len(slot):
         slot = torch.zeros(1, dim)
-    return torch.cat((slot, _resized(rows, f"{prefix}pos_embed", own, new, ledger)))[None]
+    return torch.cat((slot, _resized(rows, f"{prefix}pos_embed", old, new, ledger)))[None]
 
 
-def _resized(rows: Tensor, name: str, own: Grid | None, new: Grid, ledger: Ledger) -> Tensor:
+def _resized(rows: Tensor, name: str, old: Grid | None, new: Grid, ledger: Ledger) -> Tensor:
     """(n, d) rows of one grid to those of another."""
     halves = any("float16 tensors" in note for note in ledger.notes)
-    kind, formula = _formula(rows, own, CLOSE_HALF if halves else CLOSE)
-    if own in (None, new) and len(rows) == math.prod(new):
+    kind, formula = _formula(rows, old, CLOSE_HALF if halves else CLOSE)
+    if old in (None, new) and len(rows) == math.prod(new):
         ledger.note(f"{name}: {kind} table, kept as it is")
         return rows
-    change = f"{own or len(rows)} to {new} tokens (t, h, w)"
+    change = f"{old or len(rows)} to {new} tokens (t, h, w)"
     if formula is not None:
         ledger.note(f"{name}: {kind} table, recomputed from {change}")
         return formula(new)
-    if own is None:
+    if old is None:
         raise ValueError(
             f"{name} is a learned table of {len(rows)} tokens on an unknown grid: give the file's "
             "own --image-size and --num-frames"
         )
     ledger.note(f"{name}: {kind} table, interpolated from {change}")
-    return interpolate(rows, own, new)
+    return interpolate(rows, old, new)
 
 
-def _formula(rows: Tensor, own: Grid | None, close: float) -> tuple[str, Any]:
+def _formula(rows: Tensor, old: Grid | None, close: float) -> tuple[str, Any]:
     n, dim = rows.shape
     if bool((rows - sincos_positions(n, dim)).abs().max() < close):
         return "1-D sin-cos (verified)", lambda new: sincos_positions(math.prod(new), dim)
-    square = own is not None and own[0] == 1 and not dim % 4
-    if own and square and bool((rows - sincos_2d(own[1], dim)).abs().max() < close):
+    square = old is not None and old[0] == 1 and not dim % 4
+    if old and square and bool((rows - sincos_2d(old[1], dim)).abs().max() < close):
         return "2-D sin-cos (verified)", lambda new: sincos_2d(new[1], dim)
     return "learned (no sin-cos formula gives it)", None
 
 
-def interpolate(rows: Tensor, own: Grid, new: Grid) -> Tensor:
+def interpolate(rows: Tensor, old: Grid, new: Grid) -> Tensor:
     """Bicubic in space, then linear in time.
 
     Args:
-        rows: (t h w, d) on the grid ``own``.
+        rows: (t h w, d) on the grid ``old``.
 
     Returns:
         (t' h' w', d) on the grid ``new``, float32, computed in float64.
     """
-    x = rows.double().view(*own, -1).permute(0, 3, 1, 2)  # (t, d, h, w)
+    x = rows.double().view(*old, -1).permute(0, 3, 1, 2)  # (t, d, h, w)
     x = F.interpolate(x, new[1:], mode="bicubic", align_corners=False)
     x = x.permute(2, 3, 1, 0).flatten(0, 1)  # (h' w', d, t)
     x = F.interpolate(x, new[0], mode="linear", align_corners=False)

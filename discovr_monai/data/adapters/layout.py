@@ -57,7 +57,7 @@ def files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 
 def missing(name: str, what: str = "it is listed, but the file is not there") -> CineError:
-    """A listed file that is not there."""
+    """The error for a listed file that does not exist."""
     return CineError(name, what, GET_IT, "missing")
 
 

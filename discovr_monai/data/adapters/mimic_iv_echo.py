@@ -27,7 +27,7 @@ def rows(root: Path, *, threshold: float = 50.0) -> Iterator[DatalistRow | CineE
         threshold: EF in percent below which a heart is labelled abnormal.
 
     Raises:
-        FileNotFoundError: if neither table is there.
+        FileNotFoundError: if neither table exists.
     """
     records = sorted(root.rglob("echo-record-list.csv"))
     labelled = [p for p in sorted(root.rglob("FileList.csv")) if _is_lvvol(p)]

@@ -172,11 +172,11 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         rest, total = self._rest(), self.batch_size * self.world_size
         if self.window:
-            own = self.parts(rest, self.world_size, self.batch_size)[self.rank]
+            indices = self.parts(rest, self.world_size, self.batch_size)[self.rank]
         else:
             mine = rest[: len(rest) // total * total].reshape(-1, self.world_size, self.batch_size)
-            own = mine[:, self.rank].flatten()
-        for index in own[self.position * self.batch_size :].tolist():
+            indices = mine[:, self.rank].flatten()
+        for index in indices[self.position * self.batch_size :].tolist():
             yield self.epoch, index
 
 

@@ -54,9 +54,9 @@ class LoadCined(CineLoader, MapTransform):
             frames, fps, source, row["window"], spacing = cine
             if spacing and not row.get("spacing"):
                 row["spacing"] = list(spacing)
-            own = row.get("fps")
+            listed = row.get("fps")
             row["name"] = str(row[key])
-            row["fps"], row["fps_source"] = (own, "datalist") if own else (fps, source)
+            row["fps"], row["fps_source"] = (listed, "datalist") if listed else (fps, source)
             row[key] = np.moveaxis(frames, -1, 0) if frames.ndim == 4 else frames[None]
         return row
 

@@ -73,7 +73,7 @@ def load_rows(path: Path, root: Path, *, must_exist: bool = True) -> dict[str, l
     """The sections of a Decathlon-style JSON over ``root``.
 
     Args:
-        must_exist: whether a file that is not there is an error at once.
+        must_exist: whether a missing file is an error at once.
 
     Raises:
         FileNotFoundError, ValueError: with what to do.
@@ -108,7 +108,7 @@ def load_rows(path: Path, root: Path, *, must_exist: bool = True) -> dict[str, l
 
 
 def _look_up(root: Path, names: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
-    """(name, whether it lies below root, whether it is there) of every file.
+    """(name, whether it lies below root, whether it exists) of every file.
 
     A folder is listed once, instead of asking the disk (often a far one) for each of its files;
     links, and what no list shows, are asked for.
