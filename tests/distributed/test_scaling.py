@@ -56,8 +56,9 @@ def watch(settings, folder):
     trainer.data_loader, trainer.state.max_epochs = [batch] * batches, 3
     seen = {"reduced": [], "gradients": [], "buffers": []}
     trainer.network = as_the_overlay_does(trainer.network)
-    assert trainer.network.gradient_as_bucket_view  # no second copy of the gradients
-    trainer.network.register_comm_hook(None, allreduce_hook)
+    for branch in trainer.network.branches.values():
+        assert branch.gradient_as_bucket_view  # no second copy of the gradients
+        branch.register_comm_hook(None, allreduce_hook)
     Checkpoints(folder, resume="never").attach(trainer)
     reduce, broadcast = dist.all_reduce, dist._broadcast_coalesced
 
