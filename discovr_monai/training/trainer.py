@@ -116,8 +116,8 @@ class DiscovrTrainer(SupervisedTrainer):
         self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
         self.diagnose_every = diagnose_every
         self.sampler = sampler
-        self.first = 0  # batches of this epoch that count as read before this number of ranks
-        self.earlier: list[Stretch] = []  # who read them
+        self.first = 0  # batches of this epoch read under earlier world sizes
+        self.earlier: list[Stretch] = []  # by which ranks
         self.parameters = [p for g in optimizer.param_groups for p in g["params"]]
         self.skipped = self.skipped_in_a_row = 0
         self._teacher_logits: dict[str, list[Tensor]] = {}
@@ -156,15 +156,15 @@ class DiscovrTrainer(SupervisedTrainer):
     def position(self) -> dict[str, Any]:
         """How far the training is, and who read the epoch so far; for :meth:`go_on`."""
         done = self.state.iteration % self.state.epoch_length
-        found: dict[str, Any] = {
+        position: dict[str, Any] = {
             "iteration": self.state.iteration,
             "epoch_length": self.state.epoch_length,
         }
         if self.sampler is not None:
             now = Stretch(self.sampler.world_size, self.sampler.batch_size, done - self.first)
-            found["rows"] = self.sampler.length
-            found["stretches"] = [list(s) for s in (*self.earlier, now) if done]
-        return found
+            position["rows"] = self.sampler.length
+            position["stretches"] = [list(s) for s in (*self.earlier, now) if done]
+        return position
 
     def go_on(self, position: Mapping[str, Any]) -> None:
         """Takes up a training where these or other ranks left it.
