@@ -150,9 +150,9 @@ def collectives(parser: ConfigParser, network: Discovr) -> list[Collective]:
     heads = [b.head for b in (network.video, network.image) if b is not None and b.head is not None]
     in_backward = []
     if parser["video_head_def#norm"] == "batch":
-        # students' moments have a gradient, teachers' have none
-        moments = 2 * FLOAT * network.video.student.embed_dim
-        in_backward.append(Collective("moments of the heads' batch norm", 3 * len(heads), moments))
+        # mean, then variance; the students' have a gradient, the teachers' have none
+        moment = FLOAT * network.video.student.embed_dim
+        in_backward.append(Collective("moments of the heads' batch norm", 6 * len(heads), moment))
     sinkhorns = [(2, parser["num_prototypes"], parser["loss#terms#cluster#iterations"])]
     if parser["loss#terms#video#centring"] == "sinkhorn":
         sinkhorns.append((len(heads), parser["video_head_def#out_dim"], 3))
@@ -165,8 +165,8 @@ def collectives(parser: ConfigParser, network: Discovr) -> list[Collective]:
     return [
         *in_backward,
         Collective("gradients (DDP's buckets)", calls, size, hidden=True, once=True),
-        Collective("losses to log", 1, FLOAT * (1 + losses)),
-        Collective("is a rank's step not finite?", 1, FLOAT, once=True),
+        # of batches accumulated before the last: the losses alone
+        Collective("losses and gradient norm", 1, FLOAT * (2 + losses)),
         Collective("centres", len(heads), FLOAT * parser["video_head_def#out_dim"], once=True),
         Collective("was a rank told to stop?", 1, FLOAT, once=True),
     ]

@@ -118,7 +118,11 @@ def test_what_saves_work_reaches_its_part_and_no_checkpoint():
     parser["masking#teacher_keep"], parser["accelerated#activation_checkpointing"] = 0.5, True
     assert parser.get_parsed_content("masking").teacher_keep == 0.5
     network, without = (p.get_parsed_content("network") for p in (parser, plain))
-    blocks = [*network.video.student.blocks, *network.image.student.blocks, *network.video.decoder.blocks]
+    blocks = [
+        *network.video.student.blocks,
+        *network.image.student.blocks,
+        *network.video.decoder.blocks,
+    ]
     assert all(block.recompute for block in blocks)
     assert not any(block.recompute for block in network.video.teacher.blocks)
     assert describe_encoders(network, {}) == describe_encoders(without, {})

@@ -138,7 +138,9 @@ def test_mae_positions(convert_to_file):
 @present
 def test_the_released_instance_through_a_converted_file(tmp_path):
     """convert -> file -> a network that begins with it: every expected output."""
-    spec = importlib.util.spec_from_file_location("parity", ROOT / "benchmarks" / "checks" / "parity.py")
+    spec = importlib.util.spec_from_file_location(
+        "parity", ROOT / "benchmarks" / "checks" / "parity.py"
+    )
     parity = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(parity)
     convert(FILE, tmp_path / "tiny.safetensors")

@@ -34,7 +34,9 @@ def iou(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-@pytest.mark.parametrize("seed", [0, 16, 37, 51, 108])  # the hard ones of benchmarks/pictures/screens.py
+@pytest.mark.parametrize(
+    "seed", [0, 16, 37, 51, 108]
+)  # the hard ones of benchmarks/pictures/screens.py
 def test_the_fan_is_found_and_no_overlay_survives(seed):
     screen = simulate_screen(seed)
     mask = sector_mask(to_grey(screen.frames))
