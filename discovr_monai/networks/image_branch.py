@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from discovr_monai.base.types import DiscovrOutput
-from discovr_monai.networks.centre import Centre
-from discovr_monai.networks.ema import ema_update, make_teacher
+from discovr_monai.networks.branch import Branch
 from discovr_monai.networks.heads import ProjectionHead, standardise
 from discovr_monai.networks.vit import VisionTransformer
 
 
-class ImageBranch(nn.Module):
+class ImageBranch(Branch):
     """Student and teacher of single frames (paper section 3.2).
 
     Args:
@@ -35,11 +34,7 @@ class ImageBranch(nn.Module):
         target_step: int,
         centre_momentum: float,
     ) -> None:
-        super().__init__()
-        self.student, self.teacher = student, make_teacher(student)
-        self.head = head
-        self.teacher_head = None if head is None else make_teacher(head)
-        self.centre = None if head is None else Centre(head.num_outputs, centre_momentum)
+        super().__init__(student, head, centre_momentum)
         if head is None:
             student.requires_grad_(False)
         self.student_frames = list(range(0, num_frames, frame_step)) if head else []
@@ -95,14 +90,6 @@ class ImageBranch(nn.Module):
         frames = frames_of(clip, self.target_frames)
         tokens = self.teacher(frames)[:, 1:].unflatten(0, (len(clip), -1))  # (B, t, n, d)
         return standardise(tokens, -2).flatten(1, 2)
-
-    def update_teacher(self, momentum: float, teacher_logits: Tensor | None) -> None:
-        """See :meth:`Discovr.update_teachers`."""
-        ema_update(self.teacher, self.student, momentum)
-        if self.head is not None and self.teacher_head is not None:
-            ema_update(self.teacher_head, self.head, momentum)
-        if self.centre is not None and teacher_logits is not None:
-            self.centre.update(teacher_logits)
 
 
 def frames_of(clip: Tensor, frames: list[int]) -> Tensor:

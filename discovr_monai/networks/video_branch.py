@@ -7,14 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from discovr_monai.base.types import DiscovrOutput
-from discovr_monai.networks.centre import Centre
-from discovr_monai.networks.ema import ema_update, make_teacher
+from discovr_monai.networks.branch import Branch
 from discovr_monai.networks.heads import Decoder, ProjectionHead, standardise
 from discovr_monai.networks.masking import boolean_mask
 from discovr_monai.networks.vit import VisionTransformer
 
 
-class VideoBranch(nn.Module):
+class VideoBranch(Branch):
     """Student and teacher of clips, decoder and prototypes (paper sections 3.1 and 3.3).
 
     Args:
@@ -39,11 +38,7 @@ class VideoBranch(nn.Module):
         reconstruct: bool,
         centre_momentum: float,
     ) -> None:
-        super().__init__()
-        self.student, self.teacher = student, make_teacher(student)
-        self.head = head
-        self.teacher_head = None if head is None else make_teacher(head)
-        self.centre = None if head is None else Centre(head.num_outputs, centre_momentum)
+        super().__init__(student, head, centre_momentum)
         self.decoder = decoder
         self.prototypes: nn.Parameter | None = None
         self.pixel_projection: nn.Module | None = None
@@ -111,11 +106,3 @@ class VideoBranch(nn.Module):
         if self.pixel_head is not None:
             out.pixels = self.pixel_head(z_v)  # (B, N, P)
             out.pixel_targets = self.student.patchify(clip)
-
-    def update_teacher(self, momentum: float, teacher_logits: Tensor | None) -> None:
-        """See :meth:`Discovr.update_teachers`."""
-        ema_update(self.teacher, self.student, momentum)
-        if self.head is not None and self.teacher_head is not None:
-            ema_update(self.teacher_head, self.head, momentum)
-        if self.centre is not None and teacher_logits is not None:
-            self.centre.update(teacher_logits)
